@@ -1,0 +1,58 @@
+"""edgert: language models on small Intel machines, placed by measurement.
+
+    model = edgert.load("demo.edge")
+    print(model.generate("Once upon a time", max_tokens=64).text)
+
+Everything below is imported when it is first used, so `import edgert` costs next to nothing and never pulls in what only
+`compile` needs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgert.backends import devices as devices
+    from edgert.bundle import Bundle as Bundle
+    from edgert.converters import compile as compile
+    from edgert.device import DeviceConfig as DeviceConfig
+    from edgert.device import DeviceInfo as DeviceInfo
+    from edgert.errors import EdgertError as EdgertError
+    from edgert.graph import BlockGraph as BlockGraph
+    from edgert.placement import Plan as Plan
+    from edgert.sampling import SamplingParams as SamplingParams
+    from edgert.session import Model as Model
+    from edgert.session import Piece as Piece
+    from edgert.session import Result as Result
+    from edgert.session import load as load
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "BlockGraph": "edgert.graph",
+    "Bundle": "edgert.bundle",
+    "DeviceConfig": "edgert.device",
+    "DeviceInfo": "edgert.device",
+    "EdgertError": "edgert.errors",
+    "Model": "edgert.session",
+    "Piece": "edgert.session",
+    "Plan": "edgert.placement",
+    "Result": "edgert.session",
+    "SamplingParams": "edgert.sampling",
+    "compile": "edgert.converters",
+    "devices": "edgert.backends",
+    "load": "edgert.session",
+}
+
+__all__ = [*sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'edgert' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

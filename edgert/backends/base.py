@@ -1,0 +1,73 @@
+"""What a backend is: it finds devices, compiles submodels for them, and runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.device import DeviceConfig, DeviceInfo
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import openvino as ov
+
+Array = NDArray[Any]
+
+
+class Runner(Protocol):
+    """One independent run of a compiled submodel: its own buffers and its own states. Not for two threads at once."""
+
+    def infer(self, inputs: Mapping[str, Array]) -> Array:
+        """Run once.
+
+        Args:
+            inputs: by input name, at least those in `Compiled.inputs`; others are ignored.
+
+        Returns:
+            The first output, valid until the next call: a view of the device's buffer, not a copy.
+
+        Raises:
+            DeviceFailedError: the device reported an error.
+        """
+        ...
+
+    def read_states(self) -> dict[str, Array]:
+        """Copies of all states by variable id; keys and values are `[batch, heads, tokens, head_dim]`."""
+        ...
+
+    def write_states(self, states: Mapping[str, Array]) -> None:
+        """Replace the states that are named."""
+        ...
+
+    def reset(self) -> None:
+        """Empty all states."""
+        ...
+
+
+class Compiled(Protocol):
+    """A submodel compiled for one device configuration; makes any number of runners."""
+
+    @property
+    def inputs(self) -> frozenset[str]: ...
+
+    def runner(self) -> Runner: ...
+
+
+class Backend(Protocol):
+    """One way to execute models."""
+
+    def devices(self) -> list[DeviceInfo]:
+        """The devices that are present and usable now."""
+        ...
+
+    def compile(self, model: ov.Model | Path, config: DeviceConfig) -> Compiled:
+        """Compile a submodel, or a model file, for one of the configurations of `devices()`.
+
+        Raises:
+            DeviceFailedError: the compiler rejected the model.
+        """
+        ...

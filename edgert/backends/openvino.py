@@ -1,0 +1,132 @@
+"""Devices that OpenVINO's plugins drive: CPU, GPU, NPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import openvino as ov
+
+from edgert.backends.base import Array
+from edgert.device import DEFAULT_VARIANTS, DeviceConfig, DeviceInfo, DeviceKind
+from edgert.errors import DeviceFailedError
+
+# What each configuration means to OpenVINO, and the capability the device must report for it.
+# https://docs.openvino.ai/2026/openvino-workflow/running-inference/optimize-inference/precision-control.html
+_PROPERTIES: dict[DeviceKind, dict[str, tuple[dict[str, str], str]]] = {
+    DeviceKind.CPU: {
+        # Weights may be compressed; activations and KV cache stay f32. The reference that others are compared with.
+        "f32": (
+            {
+                "INFERENCE_PRECISION_HINT": "f32",
+                "KV_CACHE_PRECISION": "f32",
+                "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+            },
+            "FP32",
+        ),
+        # The plugin's own defaults at f32: activations of compressed layers quantized to INT8, KV cache in u8.
+        "f32+dq": ({"INFERENCE_PRECISION_HINT": "f32"}, "FP32"),
+        "bf16": ({"INFERENCE_PRECISION_HINT": "bf16"}, "BF16"),
+    },
+    DeviceKind.GPU: {
+        "f16": ({"INFERENCE_PRECISION_HINT": "f16"}, "FP16"),
+        "f32": ({"INFERENCE_PRECISION_HINT": "f32"}, "FP32"),
+    },
+}
+
+
+@cache
+def core() -> ov.Core:
+    """The process's one OpenVINO core."""
+    return ov.Core()
+
+
+class OpenVinoRunner:
+    """An infer request. See `edgert.backends.base.Runner`."""
+
+    def __init__(self, compiled: ov.CompiledModel, config: DeviceConfig) -> None:
+        self._request = compiled.create_infer_request()
+        self._inputs = [(port.get_any_name(), port) for port in compiled.inputs]
+        self._config = config
+
+    def infer(self, inputs: Mapping[str, Array]) -> Array:
+        request = self._request
+        try:
+            for name, port in self._inputs:
+                request.set_tensor(port, ov.Tensor(inputs[name], shared_memory=True))
+            request.infer(share_outputs=True)
+        except RuntimeError as error:
+            raise DeviceFailedError(f"{self._config} failed: {_first_line(error)}") from error
+        output: Array = request.get_output_tensor(0).data
+        return output
+
+    def read_states(self) -> dict[str, Array]:
+        return {state.name: state.state.data.copy() for state in self._request.query_state()}
+
+    def write_states(self, states: Mapping[str, Array]) -> None:
+        for state in self._request.query_state():
+            if state.name in states:
+                state.state = ov.Tensor(states[state.name])
+
+    def reset(self) -> None:
+        self._request.reset_state()
+
+
+class OpenVinoCompiled:
+    """A compiled model. See `edgert.backends.base.Compiled`."""
+
+    def __init__(self, compiled: ov.CompiledModel, config: DeviceConfig) -> None:
+        self._compiled = compiled
+        self._config = config
+        self.inputs = frozenset(port.get_any_name() for port in compiled.inputs)
+
+    def runner(self) -> OpenVinoRunner:
+        return OpenVinoRunner(self._compiled, self._config)
+
+
+class OpenVinoBackend:
+    """See `edgert.backends.base.Backend`."""
+
+    def devices(self) -> list[DeviceInfo]:
+        return [_info(name) for name in core().available_devices if _kind(name) in _PROPERTIES]
+
+    def compile(self, model: ov.Model | Path, config: DeviceConfig) -> OpenVinoCompiled:
+        properties = _PROPERTIES[config.kind][config.variant][0]
+        try:
+            return OpenVinoCompiled(core().compile_model(model, config.device, properties), config)
+        except RuntimeError as error:
+            raise DeviceFailedError(f"{config} cannot compile the model: {_first_line(error)}") from error
+
+
+def _kind(openvino_name: str) -> DeviceKind | None:
+    kind = openvino_name.partition(".")[0]
+    return DeviceKind(kind) if kind in DeviceKind.__members__ else None
+
+
+
+
+@cache
+def _info(name: str) -> DeviceInfo:
+    kind = DeviceKind(name.partition(".")[0])
+    full_name = str(core().get_property(name, "FULL_DEVICE_NAME"))
+    capabilities = [str(c) for c in core().get_property(name, "OPTIMIZATION_CAPABILITIES")]
+    variants = [v for v, (_, needed) in _PROPERTIES[kind].items() if needed in capabilities]
+    default = DEFAULT_VARIANTS[kind]
+    return DeviceInfo(
+        name=name,
+        full_name=full_name,
+        variants=tuple(sorted(variants, key=lambda v: v != default)),
+        # Intel's GPU plugin on a CPU OpenCL runtime gives right results at a speed that means nothing.
+        emulated=kind is DeviceKind.GPU and "cpu" in full_name.lower(),
+        details={"capabilities": " ".join(capabilities)},
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # OpenVINO puts the source location first and the reason last.
+    return lines[-1] if lines else type(error).__name__
+
+
+BACKEND = OpenVinoBackend()

@@ -1,0 +1,71 @@
+"""The command line: one module a verb, each with `add_parser` and `run`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from edgert import __version__
+from edgert.errors import EdgertError
+
+VERBS = ("devices", "compile", "inspect", "plan", "run", "doctor")
+
+DESCRIPTION = """\
+Run language models on small Intel machines.
+
+  edgert compile SRC -o OUT.edge    a model (Hugging Face folder, ONNX, OpenVINO IR, GGUF) becomes a bundle
+  edgert plan OUT.edge              which block of the model runs where
+  edgert run OUT.edge "Once"        text
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the `edgert` command.
+
+    Returns:
+        0 on success; 2 for a wrong argument or any `EdgertError`, told in one line; 130 after Ctrl-C. Verbs may return
+        other codes of their own.
+    """
+    parser = argparse.ArgumentParser(
+        "edgert", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"edgert {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(
+        title="verbs", metavar="VERB", required=True, parser_class=_with(common)
+    )
+    for verb in VERBS:
+        import_module(f"edgert.cli.{verb}").add_parser(subparsers)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except EdgertError as error:
+        if options.debug:
+            raise
+        print(f"edgert: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if options.debug:
+            raise
+        print("edgert: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `edgert … | head` is no error; keep the interpreter from flushing into the closed pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _with(common: argparse.ArgumentParser) -> type[argparse.ArgumentParser]:
+    class VerbParser(argparse.ArgumentParser):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+            super().__init__(*args, parents=[common], **kwargs)  # type: ignore[arg-type]
+
+    return VerbParser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""`edgert compile`: a model becomes a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from edgert.bundle import Bundle
+from edgert.cli.options import Subparsers, size
+
+EPILOG = """\
+SRC is one of
+  a Hugging Face folder or hub id     config.json, *.safetensors, tokenizer.json
+  an ONNX file or folder              decoder with past, or encoder; config.json and tokenizer.json beside it
+  an OpenVINO IR folder               as optimum-intel and OpenVINO GenAI write it
+  a GGUF file                         read by OpenVINO's own frontend, weights as they are
+
+examples
+  edgert compile ./Qwen3-0.6B -o qwen3.edge
+  edgert compile ./Qwen3-0.6B -o qwen3.edge --weights int4 --group-size 64 --awq --dataset texts.txt
+  edgert compile model.gguf -o model.edge
+
+Every export is checked against its source before it is compressed; a wrong one is refused.
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("compile", help="turn a model into a bundle", epilog=EPILOG)
+    parser.add_argument("src", metavar="SRC", help="the model: see below")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT.edge", help="the bundle to write")
+    parser.add_argument("--weights", choices=("fp16", "int8", "int4"), default="int4", help="default: int4")
+    parser.add_argument("--group-size", type=int, default=128, help="INT4 group size; -1 is per channel (default: 128)")
+    parser.add_argument("--sym", action="store_true", help="symmetric INT4 (default: asymmetric)")
+    parser.add_argument("--awq", action="store_true", help="activation-aware scaling (AWQ)")
+    parser.add_argument("--dataset", metavar="FILE", help="text file for data-aware compression")
+    parser.add_argument(
+        "--exporter", choices=("general", "optimum"), default="general",
+        help="how a Hugging Face model is exported (default: general)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", choices=("openvino", "onnx"), default="openvino",
+        help="onnx makes a bundle that onnxruntime runs whole (default: openvino)",
+    )  # fmt: skip
+    parser.add_argument("--name", help="the model's name for people (default: from SRC)")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from edgert.converters import compile  # brings torch and nncf
+
+    console = Console()
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bars:
+        current: list[Any] = []
+
+        def progress(stage: str) -> None:
+            if current:
+                bars.update(current[-1], total=1, completed=1)
+            current.append(bars.add_task(stage, total=None))
+
+        bundle = compile(
+            options.src,
+            options.output,
+            weights=options.weights,
+            group_size=options.group_size,
+            sym=options.sym,
+            awq=options.awq,
+            dataset=options.dataset,
+            exporter=options.exporter,
+            format=options.format,
+            name=options.name,
+            force=options.force,
+            progress=progress,
+        )
+        bars.update(current[-1], total=1, completed=1)
+    print_report(console, bundle)
+    console.print(f"wrote {bundle.path}")
+    return 0
+
+
+def print_report(console: Console, bundle: Bundle) -> None:
+    """What became which precision, and which checks were passed."""
+    table = Table("role", "precision", "tensors", "weights", "size", title="precision")
+    for row in bundle.report.precisions:
+        cells = (row["role"], row["precision"], row["tensors"], row["elements"], size(row["bytes"]))
+        table.add_row(*map(str, cells))
+    console.print(table)
+    for check in bundle.report.checks:
+        console.print(
+            f"check {check['check']}: relative error {check['relative_error']:.1e} "
+            f"against {check['against']} (limit {check['limit']:.0e})"
+        )

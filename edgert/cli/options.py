@@ -1,0 +1,35 @@
+"""Options that several verbs share, and how sizes are written for people."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+Subparsers = Any  # argparse does not make the type of its subparsers public
+
+
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    """`--device`, `--place` and `--plan`, which exclude each other."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--device", metavar="DEVICE@VARIANT", help="run everything there, e.g. CPU@f32, CPU@bf16")
+    group.add_argument(
+        "--place",
+        metavar="RULES",
+        help="place blocks by kind, name, index or range, e.g. attention=CPU@bf16,ffn=CPU@f32 (later rules win)",
+    )
+    group.add_argument("--plan", metavar="FILE", help="a plan written by `edgert plan --save`")
+
+
+def size(count: int) -> str:
+    """Bytes for people, e.g. `3.4 MB` (decimal)."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1, ensure_ascii=False))

@@ -1,0 +1,132 @@
+"""`edgert run`: text from a prompt, or a chat."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+
+from edgert.cli.options import Subparsers, add_placement, print_json
+from edgert.errors import EdgertError, EmptyPromptError
+from edgert.session import Model, Piece, Sampling, load
+
+EPILOG = """\
+examples
+  edgert run demo.edge "It was a dark night"
+  edgert run demo.edge "It was" --temperature 0.8 --top-p 0.95 --seed 7 --max-tokens 100
+  edgert run demo.edge --chat "Good evening"       one answer in the model's chat template
+  edgert run demo.edge                             a conversation; an empty line or Ctrl-D ends it
+  echo "It was" | edgert run demo.edge --json
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("run", help="generate text, or chat", epilog=EPILOG)
+    parser.add_argument("bundle", metavar="BUNDLE")
+    parser.add_argument("prompt", nargs="?", help="the text to continue (default: a conversation, or standard input)")
+    parser.add_argument("--chat", action="store_true", help="treat the prompt as a user's message")
+    parser.add_argument("--system", help="a system message for the conversation")
+    add_placement(parser)
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, help="default: 256 or what is left of the context")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    group.add_argument("--top-k", type=int, default=0, help="0 is off (default)")
+    group.add_argument("--top-p", type=float, default=1.0, help="1 is off (default)")
+    group.add_argument("--min-p", type=float, default=0.0, help="0 is off (default)")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off (default)")
+    group.add_argument("--seed", type=int, help="the same text every time")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument("--verify", action="store_true", help="compare the bundle's files with their hashes first")
+    parser.add_argument("--json", action="store_true", help="one JSON object with text, tokens and timings")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    prompt: str | None = options.prompt
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().rstrip("\n")
+        if not prompt:
+            raise EmptyPromptError("prompt: standard input is empty")
+    model = load(
+        options.bundle, plan=options.plan, device=options.device, place=options.place, verify=options.verify
+    )
+    sampling: Sampling = {
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "min_p": options.min_p,
+        "repetition_penalty": options.repetition_penalty,
+        "seed": options.seed,
+        "stop": options.stop,
+    }
+    if options.max_tokens is not None:
+        sampling["max_tokens"] = options.max_tokens
+    opening = [{"role": "system", "content": options.system}] if options.system else []
+    if prompt is None:
+        return _converse(model, opening, sampling)
+    if options.chat:
+        pieces = model.stream_chat([*opening, {"role": "user", "content": prompt}], **sampling)
+    else:
+        pieces = model.stream(prompt, **sampling)
+    if options.json:
+        print_json(_as_json(model, pieces))
+        return 0
+    _show(pieces)
+    return 0
+
+
+def _show(pieces: Iterator[Piece]) -> str:
+    text, last = "", None
+    for piece in pieces:
+        print(piece.text, end="", flush=True)
+        text, last = text + piece.text, piece
+    print()
+    if last is not None:
+        t = last.timings
+        speed = f"{t.tokens_per_second:.1f} tokens/s" if t.tokens_per_second else "no speed to report"
+        if t.provenance == "emulated":
+            speed = "emulated device: no speed"
+        note = (
+            f"{t.prompt_tokens} prompt tokens ({t.reused_tokens} from cache), {t.new_tokens} new, "
+            f"first after {t.ttft_us / 1000:.0f} ms, then {speed}; {last.finish_reason}"
+        )
+        Console(stderr=True).print(f"[dim]{note}[/]", highlight=False)
+    return text
+
+
+def _as_json(model: Model, pieces: Iterator[Piece]) -> dict[str, Any]:
+    collected = list(pieces)
+    last = collected[-1]
+    return {
+        "text": "".join(p.text for p in collected),
+        "tokens": [p.token for p in collected if p.token is not None],
+        "finish_reason": last.finish_reason,
+        "timings": last.timings.to_json(),
+        "plan": model.plan.to_json(),
+    }
+
+
+def _converse(model: Model, opening: list[dict[str, str]], sampling: Sampling) -> int:
+    messages = list(opening)
+    while True:
+        try:
+            said = input("> ")
+        except EOFError:
+            print()
+            return 0
+        if not said.strip():
+            return 0
+        messages.append({"role": "user", "content": said})
+        try:
+            answer = _show(model.stream_chat(messages, **sampling))
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            print()
+            messages.pop()
+            continue
+        except EdgertError as error:
+            print(f"edgert: error: {error}", file=sys.stderr)
+            return 2
+        messages.append({"role": "assistant", "content": answer})

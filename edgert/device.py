@@ -1,0 +1,90 @@
+"""Devices, and devices *with* the properties they are compiled with.
+
+The unit that is placed, and later measured, is the `DeviceConfig`: the same CPU at bf16 and at f32 behaves like two
+devices (the one that wins prefill may lose decode by half), so they are two names: `CPU@bf16`, `CPU@f32`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from edgert.errors import UnknownDeviceError
+
+
+class DeviceKind(StrEnum):
+    """What executes: OpenVINO's CPU, GPU and NPU plugins, onnxruntime's execution providers, or a simulation."""
+
+    CPU = "CPU"
+    GPU = "GPU"
+    NPU = "NPU"
+    ORT = "ORT"
+    SIM = "SIM"
+
+
+@dataclass(frozen=True, order=True)
+class DeviceConfig:
+    """One device with one set of compile properties, written `DEVICE@VARIANT`.
+
+    Attributes:
+        device: `CPU`, `GPU`, `GPU.1`, `NPU`, `ORT` or `SIM`; the number after the dot picks one of several.
+        variant: the name of the property set, e.g. `f32`, `bf16`, `f32+dq`; for `ORT` the execution provider.
+    """
+
+    device: str
+    variant: str
+
+    @classmethod
+    def parse(cls, text: str) -> DeviceConfig:
+        """Read `CPU@bf16` or a bare `CPU`, which takes the device's default variant.
+
+        Raises:
+            UnknownDeviceError: the text is not of that form, or names no kind of device.
+        """
+        match = re.fullmatch(r"([A-Z]+)(\.\d+)?(?:@([\w+.-]+))?", text.strip())
+        if not match or match[1] not in DeviceKind.__members__:
+            kinds = ", ".join(DeviceKind)
+            raise UnknownDeviceError(f"device {text!r}: expected DEVICE@VARIANT with DEVICE one of {kinds}")
+        return cls(match[1] + (match[2] or ""), match[3] or DEFAULT_VARIANTS[DeviceKind(match[1])])
+
+    @property
+    def kind(self) -> DeviceKind:
+        return DeviceKind(self.device.partition(".")[0])
+
+    def __str__(self) -> str:
+        return f"{self.device}@{self.variant}"
+
+
+# What a bare device name means. f32 with INT8 dynamic quantization is the CPU plugin's fastest decode for
+# compressed weights and exact for others (docs/architecture.md, "CPU configurations").
+DEFAULT_VARIANTS = {
+    DeviceKind.CPU: "f32+dq",
+    DeviceKind.GPU: "f16",
+    DeviceKind.NPU: "f16",
+    DeviceKind.ORT: "CPU",
+    DeviceKind.SIM: "f32",
+}
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """A device that is present.
+
+    Attributes:
+        name: as in `DeviceConfig.device`.
+        full_name: the vendor's name of it.
+        variants: the configurations it can be used in, default first.
+        emulated: its results are right but its speed means nothing, so no timing of it is ever reported.
+        details: further facts as text, e.g. `{"isa": "AVX2 AVX512_VNNI", "memory": "23.4 GiB"}`.
+    """
+
+    name: str
+    full_name: str
+    variants: tuple[str, ...]
+    emulated: bool
+    details: dict[str, str]
+
+    @property
+    def configs(self) -> tuple[DeviceConfig, ...]:
+        return tuple(DeviceConfig(self.name, variant) for variant in self.variants)

@@ -1,0 +1,103 @@
+"""Every error that edgert raises on purpose.
+
+    EdgertError
+    ├── UsageError             an argument is wrong: names the thing, the value and the limit
+    │   ├── SamplingError          a sampling parameter out of its range
+    │   ├── EmptyPromptError       nothing to generate from
+    │   └── ContextOverflowError   prompt (plus asked-for tokens) beyond the model's context
+    ├── BundleError            a bundle is missing, damaged, or not to be trusted
+    │   └── BundleVersionError     written by a newer edgert
+    ├── ConversionError        a source model cannot become a bundle
+    │   └── ParityError            the converted model computes something else than its source
+    ├── MissingDependencyError an optional package is not installed or does not load
+    ├── DeviceError            a device or device configuration cannot be used
+    │   ├── UnknownDeviceError     no such device or configuration
+    │   └── DeviceFailedError      the device failed while compiling or running
+    ├── PlanError              a plan does not fit the model it is meant for
+    └── ChatTemplateError      no chat template, or one that fails or oversteps its sandbox
+
+Whoever embeds edgert catches `EdgertError`; the command line prints any of them as one line and exits with code 2.
+"""
+
+from __future__ import annotations
+
+
+class EdgertError(Exception):
+    """Root of the tree above."""
+
+
+class UsageError(EdgertError, ValueError):
+    """An argument is wrong; the message names it, its value and its limit."""
+
+
+class SamplingError(UsageError):
+    """A sampling parameter is outside its range."""
+
+
+class EmptyPromptError(UsageError):
+    """The prompt holds no token."""
+
+
+class ContextOverflowError(UsageError):
+    """More tokens than the model's context holds.
+
+    Attributes:
+        tokens: how many tokens were asked for.
+        limit: how many the context holds.
+    """
+
+    def __init__(self, message: str, *, tokens: int, limit: int) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+        self.limit = limit
+
+
+class BundleError(EdgertError):
+    """A bundle is missing, damaged, or not to be trusted."""
+
+
+class BundleVersionError(BundleError):
+    """The bundle's format is newer than this edgert."""
+
+
+class ConversionError(EdgertError):
+    """A source model cannot become a bundle."""
+
+
+class ParityError(ConversionError):
+    """The converted model computes something else than its source.
+
+    Attributes:
+        relative_error: the largest relative error that was found.
+        limit: the largest one allowed.
+    """
+
+    def __init__(self, message: str, *, relative_error: float, limit: float) -> None:
+        super().__init__(message)
+        self.relative_error = relative_error
+        self.limit = limit
+
+
+class MissingDependencyError(EdgertError):
+    """An optional package is not installed or does not load."""
+
+
+class DeviceError(EdgertError):
+    """A device or device configuration cannot be used."""
+
+
+class UnknownDeviceError(DeviceError, ValueError):
+    """No such device or configuration."""
+
+
+class DeviceFailedError(DeviceError):
+    """The device failed while compiling or running."""
+
+
+class PlanError(EdgertError):
+    """A plan does not fit the model it is meant for."""
+
+
+class ChatTemplateError(EdgertError):
+    """No chat template, or one that fails or oversteps its sandbox."""
+

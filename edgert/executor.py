@@ -1,0 +1,152 @@
+"""Executes a plan: submodels compiled for their devices, and sequences that run through them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgert.backends import devices_of, require
+from edgert.backends.base import Array, Compiled
+from edgert.bundle import Bundle
+from edgert.device import DeviceKind
+from edgert.errors import BundleError, PlanError
+from edgert.graph import BlockGraph
+from edgert.kvcache import trim
+from edgert.placement import Placement, Plan
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A placement, compiled."""
+
+    placement: Placement
+    compiled: Compiled
+
+
+class Executor:
+    """A bundle's model, compiled as a plan says; opens any number of sequences, one thread each.
+
+    Args:
+        bundle: the model.
+        plan: one or more placements; with one, the model is compiled uncut. An ONNX bundle takes one on `ORT`.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        DeviceError: a device is not there or rejects its submodel.
+        BundleError: the model file is damaged.
+    """
+
+    def __init__(self, bundle: Bundle, plan: Plan) -> None:
+        self.facts = bundle.facts
+        self.plan = plan
+        ort = [p for p in plan.placements if p.config.kind is DeviceKind.ORT]
+        if bundle.facts.format == "onnx":
+            if len(plan.placements) != 1 or not ort:
+                raise PlanError(f"plan: an ONNX bundle runs whole on one ORT device, not on {plan.explain()!r}")
+            config = plan.placements[0].config
+            compiled = require(config).compile(bundle.model_path, config)
+            self.stages = [Stage(plan.placements[0], compiled)]
+        else:
+            if ort:
+                raise PlanError(f"plan: {ort[0].config} runs ONNX bundles; this bundle holds OpenVINO IR")
+            self.stages = _compile(bundle.model_path, bundle.graph, plan)
+
+    @property
+    def emulated(self) -> bool:
+        """Whether some device is emulated, so that no timing means anything."""
+        used = {stage.placement.config.device: stage.placement.config.kind for stage in self.stages}
+        return any(info.emulated for kind in set(used.values()) for info in devices_of(kind) if info.name in used)
+
+    def open(self) -> SequenceRun:
+        """A new, empty sequence."""
+        return SequenceRun(self)
+
+
+class SequenceRun:
+    """One sequence of tokens on its way through the stages, with its KV cache.
+
+    Attributes:
+        past: tokens in the cache.
+        infer_us: time spent inside devices by the last call of `forward`.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._runners = [stage.compiled.runner() for stage in executor.stages]
+        self._slices = executor.stages[-1].compiled.inputs >= {"logits_to_keep"}
+        length = executor.facts.context_length
+        self._ones = np.ones((1, length), np.int64)
+        self._positions = np.arange(length, dtype=np.int64)[None]
+        self._zeros = np.zeros((1, length), np.int64)
+        self._beam = np.zeros(1, np.int32)
+        self.past = 0
+        self.infer_us = 0.0
+
+    def forward(self, tokens: Sequence[int], *, keep: int = 1) -> Array:
+        """Append tokens.
+
+        Args:
+            tokens: at least one; `past + len(tokens)` must not exceed the context.
+            keep: for how many of the last tokens the output is wanted.
+
+        Returns:
+            `[keep, vocab]` logits (decoder) or `[keep, hidden]` states (encoder), f32, valid until the next call.
+        """
+        count = len(tokens)
+        total = self.past + count
+        inputs: dict[str, Array] = {
+            "input_ids": np.array([tokens], np.int64),
+            "attention_mask": self._ones[:, :total],
+            "position_ids": self._positions[:, self.past : total],
+            "token_type_ids": self._zeros[:, :count],
+            "beam_idx": self._beam,
+            "logits_to_keep": np.array([keep], np.int64),
+        }
+        start = time.perf_counter_ns()
+        for runner in self._runners:
+            output = runner.infer(inputs)
+            inputs["hidden"] = output
+        self.infer_us = (time.perf_counter_ns() - start) / 1000
+        self.past = total
+        return output[0] if self._slices else output[0, -keep:]
+
+    def rewind(self, length: int) -> None:
+        """Go back to the first `length` tokens, or to none where the states do not allow it: see `past` after."""
+        if length == self.past:
+            return
+        if length:
+            kept = [trim(runner.read_states(), past=self.past, length=length) for runner in self._runners]
+            if all(k is not None for k in kept):
+                for runner, states in zip(self._runners, kept, strict=True):
+                    runner.write_states(states or {})
+                self.past = length
+                return
+        for runner in self._runners:
+            runner.reset()
+        self.past = 0
+
+
+def _compile(path: Path, graph: BlockGraph | None, plan: Plan) -> list[Stage]:
+    # OpenVINO is imported here, not above: ONNX bundles run without touching it.
+    from edgert.backends.openvino import core
+    from edgert.lowering import keep_last_logits
+    from edgert.partition import cut
+
+    if graph is None:
+        raise BundleError(f"bundle {path.parent}: it has no block graph")
+    plan.check(graph)
+    backends = [require(p.config) for p in plan.placements]  # before minutes go into compiling for another
+    try:
+        model = core().read_model(path)  # weights stay memory-mapped
+    except RuntimeError as error:
+        raise BundleError(f"bundle {path.parent}: {path.name} cannot be read: {str(error).splitlines()[-1]}") from error
+    keep_last_logits(model, graph)
+    submodels = cut(model, graph, [(p.first, p.last) for p in plan.placements])
+    return [
+        Stage(p, backend.compile(submodel, p.config))
+        for p, backend, submodel in zip(plan.placements, backends, submodels, strict=True)
+    ]
+

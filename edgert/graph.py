@@ -1,0 +1,109 @@
+"""What a model is made of, as data: a chain of blocks along the residual stream. No device library in here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from edgert.errors import BundleError
+
+
+class BlockKind(StrEnum):
+    """What a block does, judged by what is inside it (see `edgert.partition`)."""
+
+    EMBED = "embed"
+    ATTENTION = "attention"
+    FFN = "ffn"
+    MOE = "moe"
+    SSM = "ssm"
+    BLOCK = "block"  # anything else, e.g. attention and FFN in parallel
+    HEAD = "head"
+
+
+@dataclass(frozen=True)
+class Block:
+    """The operations between two points of the residual stream.
+
+    Attributes:
+        index: position in the chain, from 0.
+        kind: what the block does.
+        name: kind and number, e.g. `attention.3`; unique in its graph.
+        input: tensor that enters, as `node:port`; None for the first block, which takes the model's own inputs.
+        output: tensor that leaves, as `node:port`; for the last block, what feeds the model's result.
+        states: ids of the state variables (keys and values, recurrent states) that live in the block.
+        weight_bytes: bytes of constants by element type, e.g. `{"u4": 1835008, "f16": 57344}`, scales and zero
+            points included. What several blocks share (RoPE tables) is counted in none; a tied embedding in both.
+        flops_per_token: multiply-adds of the matrix products with weights, times two, for one token. For a mixture of
+            experts only the experts that one token uses. Scores against the KV cache are not in it.
+        kv_bytes_per_token: bytes by which the block's states grow with every token, at the precision in the file.
+        recurrent_bytes: bytes of the states that do not grow.
+    """
+
+    index: int
+    kind: BlockKind
+    name: str
+    input: str | None
+    output: str
+    states: tuple[str, ...]
+    weight_bytes: dict[str, int]
+    flops_per_token: int
+    kv_bytes_per_token: int
+    recurrent_bytes: int
+
+    @property
+    def total_weight_bytes(self) -> int:
+        return sum(self.weight_bytes.values())
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What passes from one block to the next.
+
+    Attributes:
+        source, target: block indices, `target == source + 1`.
+        tensor: `node:port`.
+        bytes_per_token: size of the tensor for one token at f32.
+    """
+
+    source: int
+    target: int
+    tensor: str
+    bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class BlockGraph:
+    """A model as a chain of blocks.
+
+    Attributes:
+        blocks: in order of execution; at least one.
+        edges: `len(blocks) - 1` boundaries.
+        reason: why the model stays in one piece; None where it could be cut.
+    """
+
+    blocks: tuple[Block, ...]
+    edges: tuple[Edge, ...]
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> BlockGraph:
+        """Rebuild a graph from `to_json`.
+
+        Raises:
+            BundleError: a field is missing, unknown or of the wrong kind, or the chain is broken.
+        """
+        try:
+            blocks = tuple(
+                Block(**{**b, "kind": BlockKind(b["kind"]), "states": tuple(b["states"])}) for b in data["blocks"]
+            )
+            edges = tuple(Edge(**e) for e in data["edges"])
+            graph = cls(blocks, edges, data.get("reason"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"block graph: {error!r}") from error
+        if not blocks or [b.index for b in blocks] != list(range(len(blocks))) or len(edges) != len(blocks) - 1:
+            raise BundleError(f"block graph: {len(blocks)} blocks and {len(edges)} edges do not form a chain")
+        return graph

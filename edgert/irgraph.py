@@ -1,0 +1,124 @@
+"""An `ov.Model` as plain dictionaries, and the few questions about it that partitioning asks again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import openvino as ov
+
+from edgert.errors import ConversionError
+
+# Inputs that look at a tensor's shape or type, not at its data, so nothing of the residual stream flows through them.
+_SHAPE_ONLY = {("ShapeOf", 0), ("ConvertLike", 1), ("RandomUniform", 0)}
+# Operations through which a weight stays recognisably the same weight: decompression and layout. Port of the data.
+_WEIGHT_CHAIN = {
+    "Convert": 0, "Multiply": None, "Subtract": 0, "Reshape": 0, "Transpose": 0, "Squeeze": 0, "Unsqueeze": 0,
+    "Slice": 0, "StridedSlice": 0, "Gather": 0, "Broadcast": 0, "VariadicSplit": 0, "Split": 0, "ConvertLike": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation: its OpenVINO node and, by port, `(producer, port)` of each input."""
+
+    name: str
+    type: str
+    op: ov.Node
+    inputs: tuple[tuple[str, int], ...]
+
+    @property
+    def data_inputs(self) -> Iterator[str]:
+        """Producers whose *values* this operation uses."""
+        return (source for port, (source, _) in enumerate(self.inputs) if (self.type, port) not in _SHAPE_ONLY)
+
+
+class IrGraph:
+    """Index of a model's operations by friendly name, in topological order.
+
+    Raises:
+        ConversionError: two operations share a name (models read from a file never do).
+    """
+
+    def __init__(self, model: ov.Model) -> None:
+        self.model = model
+        self.nodes: dict[str, Node] = {}
+        for op in model.get_ordered_ops():
+            name = op.get_friendly_name()
+            if name in self.nodes:
+                raise ConversionError(f"model: two operations are called {name!r}; save the model and read it again")
+            inputs = []
+            for port in op.inputs():
+                source = port.get_source_output()
+                inputs.append((source.get_node().get_friendly_name(), source.get_index()))
+            self.nodes[name] = Node(name, op.get_type_name(), op, tuple(inputs))
+
+    def __getitem__(self, name: str) -> Node:
+        return self.nodes[name]
+
+    def of_type(self, kind: str) -> list[Node]:
+        return [node for node in self.nodes.values() if node.type == kind]
+
+    @cached_property
+    def constant_only(self) -> frozenset[str]:
+        """Operations that depend on constants alone, so on no input and no state."""
+        found: set[str] = set()
+        for node in self.nodes.values():
+            if node.type == "Constant" or (node.inputs and all(source in found for source, _ in node.inputs)):
+                found.add(node.name)
+        return frozenset(found)
+
+    def reached_from(self, sources: set[str]) -> set[str]:
+        """`sources` and every operation their values flow into."""
+        reached = set(sources)
+        for node in self.nodes.values():
+            if node.name not in reached and any(source in reached for source in node.data_inputs):
+                reached.add(node.name)
+        return reached
+
+    def leading_to(self, target: str) -> set[str]:
+        """`target` and every operation whose values flow into it."""
+        found, stack = {target}, [target]
+        while stack:
+            for source in self[stack.pop()].data_inputs:
+                if source not in found:
+                    found.add(source)
+                    stack.append(source)
+        return found
+
+    def weight_behind(self, node: Node, port: int) -> Node | None:
+        """The constant that input `port` of `node` is a decompressed, reshaped or gathered view of, if it is one."""
+        source = self[node.inputs[port][0]]
+        while source.type in _WEIGHT_CHAIN:
+            data_port = _WEIGHT_CHAIN[source.type]
+            if data_port is None:  # scale times weight: follow the larger side
+                sides = [self[name] for name, _ in source.inputs]
+                if not any(side.name in self.constant_only for side in sides):
+                    return None
+                source = max(sides, key=lambda side: _elements(side.op.output(0).get_partial_shape()))
+            else:
+                source = self[source.inputs[data_port][0]]
+        return source if source.type == "Constant" else None
+
+    def weight_matmul(self, node: Node) -> Node | None:
+        """The weight of a matrix product of activations with a weight; None for any other operation."""
+        if node.type not in {"MatMul", "Convolution"}:
+            return None
+        for port in (1, 0):
+            weight = self.weight_behind(node, port)
+            if weight is not None and _elements(weight.op.output(0).get_partial_shape()) > 1:
+                return weight
+        return None
+
+    def variable_id(self, node: Node) -> str:
+        """The id of the state that a ReadValue or Assign belongs to."""
+        return str(node.op.get_attributes()["variable_id"])
+
+
+def _elements(shape: ov.PartialShape) -> int:
+    """Number of elements, an unknown dimension counting as one."""
+    total = 1
+    for dimension in shape:
+        total *= dimension.get_length() if dimension.is_static else 1
+    return total

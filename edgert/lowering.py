@@ -1,0 +1,39 @@
+"""Rewrites that make a model cheaper on its device without changing what it says."""
+
+from __future__ import annotations
+
+import sys
+
+import openvino as ov
+import openvino.opset13 as ops
+
+from edgert.graph import BlockGraph, BlockKind
+
+KEEP = "logits_to_keep"
+
+
+def keep_last_logits(model: ov.Model, graph: BlockGraph) -> bool:
+    """Let the head compute only the last tokens' logits, as many as the new input `logits_to_keep` (i64, [1]) says.
+
+    A prompt of a thousand tokens needs one row of logits; the head is often the largest matrix of a small model. The
+    model is changed in place. Blocks keep their boundaries, so `graph` stays valid.
+
+    Returns:
+        False, and nothing changed, where the model has no head block (encoders, models in one piece).
+    """
+    head = graph.blocks[-1]
+    if head.kind is not BlockKind.HEAD or head.input is None:
+        return False
+    name, _, port = head.input.rpartition(":")
+    tensor = next(op for op in model.get_ordered_ops() if op.get_friendly_name() == name).output(int(port))
+    consumers = list(tensor.get_target_inputs())
+    keep = ops.parameter([1], ov.Type.i64, KEEP)
+    keep.output(0).set_names({KEEP})
+    start = ops.negative(keep)
+    one, end, axis = (ops.constant([v], ov.Type.i64) for v in (1, sys.maxsize, 1))
+    last = ops.slice(tensor, start, end, one, axis)
+    for consumer in consumers:
+        consumer.replace_source_output(last.output(0))
+    model.add_parameters([keep])
+    model.validate_nodes_and_infer_types()
+    return True

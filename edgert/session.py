@@ -1,0 +1,475 @@
+"""Tokens in, tokens out: the API that apps embed.
+
+`load` opens a bundle and gives a `Model`; its methods may be called from several threads at once. Each running
+generation has a sequence of its own; idle ones keep their KV cache, and the next prompt takes the one whose tokens it
+shares the longest beginning with, so a chat prefills only what is new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.bundle import Bundle
+from edgert.device import DEFAULT_VARIANTS, DeviceConfig, DeviceKind
+from edgert.errors import ContextOverflowError, EmptyPromptError, UsageError
+from edgert.executor import Executor, SequenceRun
+from edgert.placement import Placement, Plan
+from edgert.sampling import Sampler, SamplingParams
+from edgert.text import StreamDecoder, Tokenizer
+
+DEFAULT_MAX_TOKENS = 256
+FinishReason = Literal["stop", "length", "cancelled"]
+T = TypeVar("T")
+
+
+class Sampling(TypedDict, total=False):
+    """Keyword arguments of every generating method; see `SamplingParams` for meaning and ranges."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: Sequence[str]
+    logprobs: int | None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of a generation went so far, by the process's clock.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        reused_tokens: how many of them were still in a KV cache.
+        new_tokens: tokens generated.
+        prefill_us: inside the devices, for the prompt.
+        decode_us: inside the devices, for tokens after the first.
+        host_us: everything else: sampling, decoding to text, bookkeeping.
+        ttft_us: from the call to the first token.
+        provenance: `measured`; `emulated` where a device is, so that these times say nothing of a real one.
+    """
+
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    prefill_us: float
+    decode_us: float
+    host_us: float
+    ttft_us: float
+    provenance: Literal["measured", "emulated"]
+
+    @property
+    def tpot_us(self) -> float | None:
+        """Time per output token after the first; None for fewer than two tokens and for emulated devices."""
+        if self.new_tokens < 2 or self.provenance == "emulated":
+            return None
+        return self.decode_us / (self.new_tokens - 1)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decode speed inside the devices; None where `tpot_us` is."""
+        return 1e6 / self.tpot_us if self.tpot_us else None
+
+    def to_json(self) -> dict[str, Any]:
+        speeds = {"tpot_us": self.tpot_us, "tokens_per_second": self.tokens_per_second}
+        return {**self.__dict__, **speeds}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step of a stream adds.
+
+    Attributes:
+        text: new text, complete characters only; may be empty while a character or a stop string is undecided.
+        token: the token that was generated; None for the closing piece that only flushes text.
+        logprob: natural log of its probability, if `logprobs` was asked for.
+        top: the most likely tokens as (id, logprob), best first, if asked for.
+        timings: of the whole generation up to here.
+        finish_reason: set on the last piece: `stop` (end token or stop string), `length` or `cancelled`.
+    """
+
+    text: str
+    token: int | None
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+    timings: Timings
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished generation.
+
+    Attributes:
+        text: the text, without stop string and special tokens.
+        tokens: all generated tokens, the end token included.
+        logprobs: of each token, if asked for.
+        finish_reason: as in `Piece`.
+        timings: as in `Piece`.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float | None, ...]
+    finish_reason: FinishReason
+    timings: Timings
+
+
+@dataclass
+class _Idle:
+    """A sequence that nobody runs, with the tokens in its KV cache."""
+
+    run: SequenceRun
+    tokens: list[int] = field(default_factory=list)
+
+
+class Model:
+    """A loaded bundle. Made by `load`; may be used from several threads."""
+
+    def __init__(self, bundle: Bundle, plan: Plan, *, prefill_chunk: int, max_idle: int) -> None:
+        self.bundle = bundle
+        self.facts = bundle.facts
+        self.plan = plan
+        self.tokenizer = Tokenizer.open(bundle.tokenizer_path)
+        self._executor = Executor(bundle, plan)
+        self._provenance: Literal["measured", "emulated"] = "emulated" if self._executor.emulated else "measured"
+        self._chunk = prefill_chunk
+        self._max_idle = max_idle
+        self._idle: list[_Idle] = []
+        self._lock = threading.Lock()
+
+    def generate(
+        self, prompt: str | Sequence[int], *, cancel: threading.Event | None = None, **sampling: Unpack[Sampling]
+    ) -> Result:
+        """Continue a prompt.
+
+        Args:
+            prompt: text, or token ids.
+            cancel: set from another thread, it ends the generation with `finish_reason` `cancelled`.
+            sampling: see `SamplingParams`; `max_tokens` is 256, or what is left of the context, unless given.
+
+        Raises:
+            EmptyPromptError, ContextOverflowError, SamplingError: before any work.
+            DeviceFailedError: a device failed.
+        """
+        return _collect(self.stream(prompt, cancel=cancel, **sampling))
+
+    def stream(
+        self, prompt: str | Sequence[int], *, cancel: threading.Event | None = None, **sampling: Unpack[Sampling]
+    ) -> Iterator[Piece]:
+        """Like `generate`, a piece a token. Arguments are checked at once; closing the iterator cancels."""
+        self._need("decoder", "generate")
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+        params = self._check(tokens, sampling)
+        return self._run(tokens, params, cancel or threading.Event())
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        cancel: threading.Event | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Result:
+        """Answer a conversation, e.g. `[{"role": "user", "content": "Hi"}]`, in the model's own chat template.
+
+        Raises:
+            ChatTemplateError: the model has no chat template, or it fails.
+            Others as `generate`.
+        """
+        return _collect(self.stream_chat(messages, tools=tools, cancel=cancel, **sampling))
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        cancel: threading.Event | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Iterator[Piece]:
+        """Like `chat`, a piece a token."""
+        self._need("decoder", "chat")
+        return self.stream(self.tokenizer.encode_chat(messages, tools=tools), cancel=cancel, **sampling)
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors for texts.
+
+        Returns:
+            f32 `[len(texts), hidden]`, of length 1 each, pooled as the model wants (mean or first token).
+
+        Raises:
+            UsageError: the model is no encoder, or `texts` is a single string.
+            EmptyPromptError, ContextOverflowError: for a text without tokens, or with too many.
+        """
+        self._need("encoder", "embed")
+        if isinstance(texts, str):
+            raise UsageError("embed: texts is a string, expected a sequence of strings")
+        prompts = [self.tokenizer.encode(text) for text in texts]
+        for tokens in prompts:
+            self._check_prompt(tokens, room=0)
+        vectors = np.empty((len(prompts), self.facts.hidden_size), np.float32)
+        run = self._executor.open()
+        for row, tokens in enumerate(prompts):
+            states = run.forward(tokens, keep=len(tokens))
+            run.past = 0  # an encoder keeps nothing
+            vector = states[0] if self.facts.pooling == "cls" else states.mean(axis=0)
+            vectors[row] = vector / max(float(np.linalg.norm(vector)), 1e-12)
+        return vectors
+
+    async def agenerate(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Result:
+        """`generate` for asyncio; cancelling the task cancels the generation."""
+        return await _in_thread(lambda cancel: self.generate(prompt, cancel=cancel, **sampling))
+
+    async def achat(self, messages: Sequence[Mapping[str, Any]], **sampling: Unpack[Sampling]) -> Result:
+        """`chat` for asyncio; cancelling the task cancels the generation."""
+        return await _in_thread(lambda cancel: self.chat(messages, cancel=cancel, **sampling))
+
+    async def aembed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """`embed` for asyncio."""
+        return await asyncio.to_thread(self.embed, texts)
+
+    async def astream(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> AsyncIterator[Piece]:
+        """`stream` for asyncio; leaving the loop, or cancelling the task, cancels the generation."""
+        cancel = threading.Event()
+        pieces = self.stream(prompt, cancel=cancel, **sampling)
+        try:
+            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                yield piece
+        finally:
+            cancel.set()
+
+    def score(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits `[len(tokens), vocab]` for every position of a token sequence, f32; for parity and quality checks."""
+        self._need("decoder", "score")
+        self._check_prompt(list(tokens), room=0)
+        run = self._executor.open()
+        chunks = [tokens[i : i + self._chunk] for i in range(0, len(tokens), self._chunk)]
+        return np.concatenate([run.forward(chunk, keep=len(chunk)).astype(np.float32) for chunk in chunks])
+
+    def _need(self, task: str, method: str) -> None:
+        if self.facts.task != task:
+            raise UsageError(f"{method}: model {self.facts.name!r} is of task {self.facts.task!r}, expected {task!r}")
+
+    def _check_prompt(self, tokens: list[int], *, room: int) -> None:
+        limit = self.facts.context_length
+        if not tokens:
+            raise EmptyPromptError("prompt: holds no token, expected at least 1")
+        if len(tokens) + room > limit:
+            wanted = f"{len(tokens)} prompt tokens" + (f" and {room} to generate" if room else "")
+            raise ContextOverflowError(
+                f"prompt: {wanted}, the context holds {limit}", tokens=len(tokens) + room, limit=limit
+            )
+        wrong = next((t for t in tokens if not 0 <= t < self.facts.vocab_size), None)
+        if wrong is not None:
+            raise UsageError(f"prompt: token {wrong} is outside the vocabulary of {self.facts.vocab_size}")
+
+    def _check(self, tokens: list[int], sampling: Sampling) -> SamplingParams:
+        options: dict[str, Any] = dict(sampling)
+        if "stop" in options and not isinstance(options["stop"], str):
+            options["stop"] = tuple(options["stop"])
+        asked = options.get("max_tokens")
+        left = max(1, self.facts.context_length - len(tokens))
+        params = SamplingParams(**{**options, "max_tokens": min(DEFAULT_MAX_TOKENS, left) if asked is None else asked})
+        self._check_prompt(tokens, room=params.max_tokens)
+        return params
+
+    def _run(self, tokens: list[int], params: SamplingParams, cancel: threading.Event) -> Iterator[Piece]:
+        clock = _Clock(len(tokens), self._provenance)
+        idle = self._take(tokens)
+        clock.reused = len(idle.tokens)
+        sampler, decoder = Sampler(params), StreamDecoder(self.tokenizer, params.stop)
+        history = list(tokens)
+        healthy = False  # a sequence that a device failed on, or that was left in the middle, is not used again
+        try:
+            for start in range(len(idle.tokens), len(tokens), self._chunk):
+                if cancel.is_set():
+                    break
+                chunk = tokens[start : start + self._chunk]
+                logits = idle.run.forward(chunk)
+                idle.tokens += chunk
+                clock.prefill_us += idle.run.infer_us
+            reason: FinishReason | None = "cancelled" if cancel.is_set() else None
+            while reason is None:
+                sampled = sampler.sample(logits[0], history)
+                token = sampled.token
+                history.append(token)
+                clock.new_tokens += 1
+                ended = token in self.facts.eos_token_ids
+                text = "" if ended else decoder.push(token)
+                if ended or decoder.finished:
+                    reason = "stop"
+                elif clock.new_tokens == params.max_tokens:
+                    reason = "length"
+                elif cancel.is_set():
+                    reason = "cancelled"
+                if reason is not None and not decoder.finished:
+                    text += decoder.flush()
+                healthy = True
+                yield Piece(text, token, sampled.logprob, sampled.top, clock.pause(), reason)
+                healthy = False
+                clock.resume()
+                if reason is None:
+                    logits = idle.run.forward([token])
+                    idle.tokens.append(token)
+                    clock.decode_us += idle.run.infer_us
+            healthy = True
+            if not clock.new_tokens:
+                yield Piece("", None, None, (), clock.pause(), reason)
+        finally:
+            if healthy:
+                self._give_back(idle)
+
+    def _take(self, tokens: list[int]) -> _Idle:
+        """The idle sequence with the longest common beginning, cut back to it; a fresh one where there is none."""
+        with self._lock:
+            best = max(self._idle, key=lambda idle: _common(idle.tokens, tokens), default=None)
+            if best is not None and 2 * _common(best.tokens, tokens) < len(best.tokens):
+                # Another conversation's cache: leave it, or, where there is no room for one more, take the oldest.
+                best = self._idle[0] if len(self._idle) >= self._max_idle else None
+            if best is not None:
+                self._idle.remove(best)
+        if best is None:
+            return _Idle(self._executor.open())
+        # At least one token must run to give logits.
+        best.run.rewind(min(_common(best.tokens, tokens), len(tokens) - 1))
+        del best.tokens[best.run.past :]
+        return best
+
+    def _give_back(self, idle: _Idle) -> None:
+        with self._lock:
+            self._idle.append(idle)
+            del self._idle[: -self._max_idle]
+
+
+class _Clock:
+    """Adds up what `Timings` reports. The consumer's own time, between `pause` and `resume`, is not counted."""
+
+    def __init__(self, prompt_tokens: int, provenance: Literal["measured", "emulated"]) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.reused = self.new_tokens = 0
+        self.prefill_us = self.decode_us = self._ttft_us = self._before_us = 0.0
+        self._provenance = provenance
+        self._since = time.perf_counter_ns()
+
+    def pause(self) -> Timings:
+        self._before_us += (time.perf_counter_ns() - self._since) / 1000
+        if self.new_tokens == 1:
+            self._ttft_us = self._before_us
+        return Timings(
+            prompt_tokens=self.prompt_tokens,
+            reused_tokens=self.reused,
+            new_tokens=self.new_tokens,
+            prefill_us=self.prefill_us,
+            decode_us=self.decode_us,
+            host_us=self._before_us - self.prefill_us - self.decode_us,
+            ttft_us=self._ttft_us,
+            provenance=self._provenance,
+        )
+
+    def resume(self) -> None:
+        self._since = time.perf_counter_ns()
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    device: str | DeviceConfig | None = None,
+    place: str | None = None,
+    prefill_chunk: int = 512,
+    max_idle: int = 4,
+    verify: bool = False,
+) -> Model:
+    """Load a bundle.
+
+    Args:
+        path: a bundle (`*.edge`).
+        plan: a `Plan`, or a JSON file that holds one.
+        device: everything on this device configuration, e.g. `CPU@f32`; `CPU` (or `ORT` for an ONNX bundle) is the
+            default.
+        place: an explicit placement, e.g. `attention=CPU@bf16,ffn=CPU@f32`; see `Plan.explicit`.
+        prefill_chunk: tokens of a prompt that are prefilled in one go, at least 1.
+        max_idle: sequences that keep their KV cache when nobody runs them, at least 1.
+        verify: compare every file with its hash first.
+
+    Raises:
+        BundleError, PlanError, DeviceError: the bundle, plan or device cannot be used.
+        UsageError: more than one of `plan`, `device` and `place`, or a number below its limit.
+    """
+    for name, value in (("prefill_chunk", prefill_chunk), ("max_idle", max_idle)):
+        if value < 1:
+            raise UsageError(f"{name} is {value}, expected at least 1")
+    bundle = Bundle.open(Path(path), verify=verify)
+    chosen = choose_plan(bundle, plan=plan, device=device, place=place)
+    return Model(bundle, chosen, prefill_chunk=prefill_chunk, max_idle=max_idle)
+
+
+def choose_plan(
+    bundle: Bundle,
+    *,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    device: str | DeviceConfig | None = None,
+    place: str | None = None,
+) -> Plan:
+    """The plan that `load` would use for these arguments."""
+    if sum(option is not None for option in (plan, device, place)) > 1:
+        raise UsageError("plan, device and place exclude each other; give one of them")
+    if isinstance(plan, Plan):
+        return plan
+    if plan is not None:
+        return Plan.read(Path(plan))
+    graph = bundle.graph
+    if place is not None:
+        if graph is None:
+            raise UsageError(f"place: bundle {bundle.path} runs whole, it has no blocks to place")
+        return Plan.explicit(graph, place)
+    default = DeviceKind.ORT if bundle.facts.format == "onnx" else DeviceKind.CPU
+    config = DeviceConfig.parse(device) if isinstance(device, str) else device
+    config = config or DeviceConfig(default, DEFAULT_VARIANTS[default])
+    return Plan.single(graph, config) if graph else Plan((Placement(0, 0, config),), f"single device {config}")
+
+
+def _collect(pieces: Iterator[Piece]) -> Result:
+    collected = list(pieces)
+    last = collected[-1]
+    assert last.finish_reason is not None
+    generated = [piece for piece in collected if piece.token is not None]
+    return Result(
+        text="".join(piece.text for piece in collected),
+        tokens=tuple(piece.token for piece in generated if piece.token is not None),
+        logprobs=tuple(piece.logprob for piece in generated),
+        finish_reason=last.finish_reason,
+        timings=last.timings,
+    )
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+async def _in_thread(work: Callable[[threading.Event], T]) -> T:
+    cancel = threading.Event()
+    task = asyncio.create_task(asyncio.to_thread(work, cancel))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        cancel.set()
+        await asyncio.wait([task])
+        raise
+
