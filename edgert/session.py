@@ -11,7 +11,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
@@ -173,13 +173,13 @@ class Model:
         self._need("decoder", "generate")
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
         params = self._check(tokens, sampling)
-        return self._run(tokens, params, cancel or threading.Event())
+        return self._run(tokens, params, cancel, StreamDecoder(self.tokenizer, params.stop, prompt=tokens))
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: list[dict[str, Any]],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: list[dict[str, Any]] | None = None,
         cancel: threading.Event | None = None,
         **sampling: Unpack[Sampling],
     ) -> Result:
@@ -193,15 +193,17 @@ class Model:
 
     def stream_chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: list[dict[str, Any]],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: list[dict[str, Any]] | None = None,
         cancel: threading.Event | None = None,
         **sampling: Unpack[Sampling],
     ) -> Iterator[Piece]:
         """Like `chat`, a piece a token."""
         self._need("decoder", "chat")
-        return self.stream(self.tokenizer.encode_chat(messages, tools=tools), cancel=cancel, **sampling)
+        tokens = self.tokenizer.encode_chat(messages, tools=tools)
+        params = self._check(tokens, sampling)
+        return self._run(tokens, params, cancel, StreamDecoder(self.tokenizer, params.stop))
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors for texts.
@@ -232,7 +234,7 @@ class Model:
         """`generate` for asyncio; cancelling the task cancels the generation."""
         return await _in_thread(lambda cancel: self.generate(prompt, cancel=cancel, **sampling))
 
-    async def achat(self, messages: Sequence[Mapping[str, Any]], **sampling: Unpack[Sampling]) -> Result:
+    async def achat(self, messages: list[dict[str, Any]], **sampling: Unpack[Sampling]) -> Result:
         """`chat` for asyncio; cancelling the task cancels the generation."""
         return await _in_thread(lambda cancel: self.chat(messages, cancel=cancel, **sampling))
 
@@ -285,11 +287,14 @@ class Model:
         self._check_prompt(tokens, room=params.max_tokens)
         return params
 
-    def _run(self, tokens: list[int], params: SamplingParams, cancel: threading.Event) -> Iterator[Piece]:
+    def _run(
+        self, tokens: list[int], params: SamplingParams, cancel: threading.Event | None, decoder: StreamDecoder
+    ) -> Iterator[Piece]:
+        cancel = cancel or threading.Event()
         clock = _Clock(len(tokens), self._provenance)
         idle = self._take(tokens)
         clock.reused = len(idle.tokens)
-        sampler, decoder = Sampler(params), StreamDecoder(self.tokenizer, params.stop)
+        sampler = Sampler(params)
         history = list(tokens)
         healthy = False  # a sequence that a device failed on, or that was left in the middle, is not used again
         try:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from edgert.backends.base import Backend
 from edgert.device import DeviceConfig, DeviceInfo, DeviceKind
+from edgert.errors import UnknownDeviceError
 
 _MODULES = {
     DeviceKind.CPU: "openvino",

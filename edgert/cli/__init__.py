@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from edgert import __version__
 from edgert.errors import EdgertError
@@ -33,11 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "edgert", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"edgert {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    subparsers = parser.add_subparsers(
-        title="verbs", metavar="VERB", required=True, parser_class=_with(common)
-    )
+    subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=VerbParser)
     for verb in VERBS:
         import_module(f"edgert.cli.{verb}").add_parser(subparsers)
     options = parser.parse_args(arguments)
@@ -58,14 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _with(common: argparse.ArgumentParser) -> type[argparse.ArgumentParser]:
-    class VerbParser(argparse.ArgumentParser):
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-            super().__init__(*args, parents=[common], **kwargs)  # type: ignore[arg-type]
+class VerbParser(argparse.ArgumentParser):
+    """A verb's parser: it keeps the layout of its texts, and knows `--debug`."""
 
-    return VerbParser
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
-
-if __name__ == "__main__":
-    sys.exit(main())

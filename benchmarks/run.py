@@ -1,0 +1,243 @@
+"""Benchmarks: ratios of things measured side by side in one run.
+
+    make bench                      all
+    make bench ARGS="overhead"      one of: decode, overhead, start
+
+Machines are noisy and change speed while one looks on. So every comparison alternates between its sides step by step,
+and what is reported is the ratio of medians and the spread of the rounds' own ratios. Speeds in the tables are of this
+machine at this moment; the ratios are what can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import edgert
+from edgert.device import DeviceConfig
+from edgert.placement import Plan
+from edgert.sampling import Sampler, SamplingParams
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "bench"
+CONFIG = DeviceConfig("CPU", "f32+dq")
+PROMPT_TOKENS, STEPS, ROUNDS = 128, 24, 7
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A comparison: `value` is what `name` says, `low` and `high` its extremes over the rounds."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    target: str
+    met: bool
+    detail: str
+
+
+def qwen3_bundle() -> Path:
+    """Qwen3-0.6B's shape with random weights at INT4 (asymmetric, group 128; embedding and head INT8)."""
+    bundle = BUILD / "qwen3-0.6b-shape.edge"
+    if not bundle.exists():
+        import torch
+        from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+        source = BUILD / "qwen3-0.6b-shape"
+        torch.manual_seed(0)
+        config = Qwen3Config(
+            vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+            num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True,
+            rope_theta=1e6, eos_token_id=None, bos_token_id=None,
+        )  # fmt: skip
+        Qwen3ForCausalLM(config).to(torch.float16).save_pretrained(source)
+        AutoTokenizer.from_pretrained(ROOT / "examples" / "models" / "bookworm").save_pretrained(source)
+        edgert.compile(source, bundle, weights="int4", progress=print)
+    return bundle
+
+
+class BareLoop:
+    """What someone writes who has only OpenVINO: one compiled model, one infer request, arg-max."""
+
+    def __init__(self, path: Path, tokens: list[int]) -> None:
+        import openvino as ov
+
+        from edgert.backends.openvino import core
+
+        self._ov = ov
+        compiled = core().compile_model(core().read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        self._request = compiled.create_infer_request()
+        self._names = [port.get_any_name() for port in compiled.inputs]
+        self._past = 0
+        self._next = self._feed(tokens)
+
+    def _feed(self, tokens: list[int]) -> int:
+        total = self._past + len(tokens)
+        values = {
+            "input_ids": np.array([tokens], np.int64),
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(self._past, total, dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        for name in self._names:
+            self._request.set_tensor(name, self._ov.Tensor(values[name]))
+        self._request.infer(share_outputs=True)
+        self._past = total
+        return int(self._request.get_output_tensor(0).data[0, -1].argmax())
+
+    def step(self) -> None:
+        self._next = self._feed([self._next])
+
+
+def compare(sides: dict[str, Callable[[], Callable[[], object]]]) -> dict[str, list[list[float]]]:
+    """Seconds of each step, `[round][step]` for each side. A side makes a stepper that is past its prefill."""
+    times: dict[str, list[list[float]]] = {name: [] for name in sides}
+    for _ in range(ROUNDS):
+        steppers = {name: make() for name, make in sides.items()}
+        rows: dict[str, list[float]] = {name: [] for name in sides}
+        for step in range(STEPS + 2):
+            for name, stepper in steppers.items():
+                start = time.perf_counter()
+                stepper()
+                if step >= 2:  # warm-up
+                    rows[name].append(time.perf_counter() - start)
+        for name, row in rows.items():
+            times[name].append(row)
+    return times
+
+
+def ratio(name: str, base: list[list[float]], ours: list[list[float]], at_least: float) -> Ratio:
+    """Speed of `ours` over speed of `base`."""
+    rounds = [statistics.median(b) / statistics.median(o) for b, o in zip(base, ours, strict=True)]
+    medians = [statistics.median([t for row in side for t in row]) for side in (base, ours)]
+    value = medians[0] / medians[1]
+    detail = f"{medians[1] * 1000:.2f} against {medians[0] * 1000:.2f} ms/token"
+    return Ratio(name, value, min(rounds), max(rounds), f">= {at_least}", value >= at_least, detail)
+
+
+def decode() -> list[Ratio]:
+    """A one-device plan against a bare loop, and the model cut at every boundary against the uncut one."""
+    path = qwen3_bundle()
+    tokens = np.random.default_rng(0).integers(0, 4000, PROMPT_TOKENS).tolist()
+    uncut = edgert.load(path, device=CONFIG)
+    assert uncut.bundle.graph is not None
+    blocks = len(uncut.bundle.graph.blocks)
+    cut = edgert.load(path, plan=Plan.from_configs([CONFIG] * blocks, "every boundary", merge=False))
+
+    def stepper(model: edgert.Model) -> Callable[[], object]:
+        model._idle.clear()  # no prefix reuse: each side prefills
+        stream = model.stream(tokens, max_tokens=STEPS + 8)
+        next(stream)
+        return lambda: next(stream)
+
+    times = compare(
+        {
+            "bare": lambda: BareLoop(uncut.bundle.model_path, tokens).step,
+            "uncut": lambda: stepper(uncut),
+            "cut": lambda: stepper(cut),
+        }
+    )
+    return [
+        ratio("decode: one-device plan / bare compile_model loop", times["bare"], times["uncut"], 0.98),
+        ratio(f"decode: cut into {blocks} blocks / uncut", times["uncut"], times["cut"], 0.90),
+    ]
+
+
+def overhead() -> list[Ratio]:
+    """Host time per token outside of `infer` at a 152k vocabulary: in a running model, and of the sampler alone."""
+    model = edgert.load(qwen3_bundle(), device=CONFIG)
+    tokens = np.random.default_rng(1).integers(0, 4000, 64).tolist()
+    rows = []
+    for name, options, limit in (
+        ("greedy", {}, 0.3),
+        ("top-p 0.95", {"temperature": 0.8, "top_p": 0.95, "seed": 1}, 1.0),
+    ):
+        samples: list[float] = []
+        last = 0.0
+        for piece in model.stream(tokens, max_tokens=100, **options):  # type: ignore[arg-type]
+            if piece.timings.new_tokens > 5:
+                samples.append((piece.timings.host_us - last) / 1000)
+            last = piece.timings.host_us
+        middle = statistics.median(samples)
+        spread = f"host ms/token, {len(samples)} tokens, in the running model"
+        rows.append(Ratio(f"host: {name}", middle, min(samples), max(samples), f"<= {limit} ms", middle <= limit, spread))
+    # Random weights give flat logits; a trained model's are peaked. Both kinds must be fast.
+    random = np.random.default_rng(2)
+    for kind, logits in (
+        ("peaked", random.gumbel(0, 2, 151936).astype(np.float32)),
+        ("flat", random.normal(0, 1, 151936).astype(np.float32)),
+    ):
+        sampler = Sampler(SamplingParams(temperature=0.8, top_p=0.95, seed=1))
+        samples = []
+        for _ in range(50):
+            start = time.perf_counter()
+            sampler.sample(logits, tokens)
+            samples.append((time.perf_counter() - start) * 1000)
+        middle = statistics.median(samples)
+        rows.append(
+            Ratio(f"sampler: top-p 0.95, {kind} logits", middle, min(samples), max(samples), "<= 1.0 ms",
+                  middle <= 1.0, "sampler alone, ms/token")
+        )  # fmt: skip
+    return rows
+
+
+def start() -> list[Ratio]:
+    """Import time, and process start to first token of the demo bundle."""
+    demo = BUILD / "demo.edge"
+    if not demo.exists():
+        edgert.compile(ROOT / "examples" / "models" / "bookworm", demo, weights="int4")
+
+    def timed(*command: str) -> list[float]:
+        found = []
+        for _ in range(6):
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            found.append(time.perf_counter() - begin)
+        return found[1:]  # the first one fills the page cache
+
+    empty, imported = timed("-c", "pass"), timed("-c", "import edgert")
+    first = timed("-m", "edgert", "run", str(demo), "It was", "--max-tokens", "1")
+    cost = [i - statistics.median(empty) for i in imported]
+    return [
+        Ratio("import edgert", statistics.median(cost), min(cost), max(cost), "<= 0.3 s",
+              statistics.median(cost) <= 0.3, "s more than an empty process"),
+        Ratio("process start to first token", statistics.median(first), min(first), max(first), "<= 2 s",
+              statistics.median(first) <= 2, "s, warm, demo bundle"),
+    ]  # fmt: skip
+
+
+def main() -> int:
+    benchmarks = {"decode": decode, "overhead": overhead, "start": start}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*benchmarks, []], help="which ones (default: all)")
+    parser.add_argument("--json", type=Path, help="write the results there as well")
+    options = parser.parse_args()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    results = [row for name in options.names or benchmarks for row in benchmarks[name]()]
+    table = Table("measured here", "median", "spread", "target", "", "detail")
+    for row in results:
+        mark = "[green]met[/]" if row.met else "[red]missed[/]"
+        table.add_row(row.name, f"{row.value:.3f}", f"{row.low:.3f} – {row.high:.3f}", row.target, mark, row.detail)
+    Console().print(table)
+    if options.json:
+        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        options.json.write_text(json.dumps({"machine": machine, "results": [asdict(r) for r in results]}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Bundles that several test files share, each made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import edgert
+from edgert import bundle as bundles
+from edgert.session import Model
+
+DEMO_MODEL = Path(__file__).parents[1] / "examples" / "models" / "bookworm"
+
+
+@pytest.fixture(scope="session")
+def demo_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository's own model, compiled at fp16."""
+    out = tmp_path_factory.mktemp("demo") / "demo.edge"
+    edgert.compile(DEMO_MODEL, out, weights="fp16")
+    return out
+
+
+@pytest.fixture(scope="session")
+def demo(demo_path: Path) -> Model:
+    """The demo bundle on the exact reference configuration."""
+    return edgert.load(demo_path, device="CPU@f32")
+
+
+@pytest.fixture
+def fake_bundle(tmp_path: Path) -> Callable[..., Path]:
+    """Writes bundles whose model is no model: for what happens before a model is read."""
+
+    def make(name: str = "fake.edge", **facts: object) -> Path:
+        defaults = {
+            "name": "fake", "task": "decoder", "format": "openvino", "architecture": "none", "vocab_size": 8,
+            "hidden_size": 4, "context_length": 16, "num_layers": 1, "eos_token_ids": (0,), "bos_token_id": None,
+            "weights": "fp16", "parameters": 1,
+        }  # fmt: skip
+        out = tmp_path / name
+        with bundles.create(out) as draft:
+            (draft.path / "model.xml").write_text("<net/>")
+            (draft.path / "model.bin").write_bytes(b"weights")
+            report = bundles.Report("test: fake", {"edgert": edgert.__version__})
+            draft.finish(bundles.ModelFacts(**{**defaults, **facts}), report, None)  # type: ignore[arg-type]
+        return out
+
+    return make

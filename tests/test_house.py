@@ -1,0 +1,74 @@
+"""Rules of the house: the public names, and imports that go downwards only."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import edgert
+
+PACKAGE = Path(edgert.__file__).parent
+LAYERS = {
+    "errors": 0, "device": 0, "graph": 0, "placement": 1, "chat_template": 1, "sampling": 2, "text": 2, "bundle": 2,
+    "irgraph": 2, "backends": 2, "partition": 3, "lowering": 3, "native": 3, "kvcache": 3, "executor": 4, "session": 5,
+    "converters": 6, "cli": 7, "__main__": 8, "__init__": 8,
+}  # fmt: skip
+# Rooms that may touch OpenVINO; the rest must work where no device library is.
+OPENVINO_ROOMS = {"irgraph", "partition", "lowering", "native", "backends", "converters", "cli"}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def modules() -> list[Path]:
+    return [p for p in PACKAGE.rglob("*.py") if "converters" not in p.parts]
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that are imported when `path` is, or later from inside its functions; types alone do not count."""
+    tree = ast.parse(path.read_text("utf-8"))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def test_public_names() -> None:
+    assert edgert.__all__ == [
+        "BlockGraph", "Bundle", "DeviceConfig", "DeviceInfo", "EdgertError", "Model", "Piece", "Plan", "Result",
+        "SamplingParams", "compile", "devices", "load",
+    ]  # fmt: skip
+    for name in edgert.__all__:
+        assert getattr(edgert, name).__doc__, name
+
+
+def test_every_room_has_a_layer() -> None:
+    assert {room(p) for p in modules()} <= set(LAYERS)
+
+
+def test_imports_go_downwards() -> None:
+    for path in modules():
+        for name in imported(path):
+            if name.startswith("edgert."):
+                target = name.split(".")[1]
+                assert target == room(path) or LAYERS[target] < LAYERS[room(path)], (
+                    f"{path.name} (layer {LAYERS[room(path)]}) imports {name} (layer {LAYERS[target]})"
+                )
+
+
+def test_openvino_stays_in_its_rooms() -> None:
+    for path in modules():
+        if room(path) not in OPENVINO_ROOMS:
+            assert not any(name.split(".")[0] == "openvino" for name in imported(path)), path.name

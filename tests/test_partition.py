@@ -1,0 +1,151 @@
+"""Blocks are found in every family, and cutting at every boundary changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny
+
+from edgert import bundle as bundles
+from edgert.bundle import Bundle
+from edgert.converters.huggingface import export_decoder, export_encoder
+from edgert.device import DeviceConfig
+from edgert.errors import PlanError
+from edgert.executor import Executor
+from edgert.graph import BlockGraph, BlockKind
+from edgert.partition import annotate, cut
+from edgert.placement import Plan
+
+CPU = DeviceConfig("CPU", "f32")
+# Chain of the tiny models' two layers, embed and head left out.
+KINDS = {
+    "gpt_neox": "block block",  # attention and FFN in parallel
+    "cohere2": "block block",
+    "gpt_oss": "attention moe attention moe",
+    "qwen3_moe": "attention moe attention moe",
+    "deepseek_v3": "attention ffn attention moe",
+}
+PROMPT, CHUNK, TOTAL = 12, 3, 20
+
+
+class Case:
+    """A tiny model with its bundle and its logits for `TOTAL` random tokens, `[TOTAL, vocab]`."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        source = tiny(family)
+        self.family = family
+        self.encoder = family == "bert"
+        exported = (export_encoder if self.encoder else export_decoder)(source)
+        vocab = source.config.vocab_size
+        facts = bundles.ModelFacts(
+            name=family, task="encoder" if self.encoder else "decoder", format="openvino", architecture=family,
+            vocab_size=vocab, hidden_size=source.config.hidden_size, context_length=64,
+            num_layers=source.config.num_hidden_layers, eos_token_ids=(), bos_token_id=None, weights="source",
+            parameters=source.num_parameters(),
+        )  # fmt: skip
+        with bundles.create(folder / "tiny.edge") as draft:
+            ov.save_model(exported, draft.path / "model.xml", compress_to_fp16=False)
+            self.graph = annotate(ov.Core().read_model(draft.path / "model.xml"))
+            draft.finish(facts, bundles.Report(f"test: {family}", {}), self.graph)
+        self.bundle = Bundle.open(folder / "tiny.edge")
+        self.tokens = np.random.default_rng(7).integers(3, vocab, TOTAL).tolist()
+        with torch.no_grad():
+            out = source(torch.tensor([self.tokens]))
+        self.expected = (out.last_hidden_state if self.encoder else out.logits)[0].numpy()
+
+    def run(self, plan: Plan) -> np.ndarray:
+        """All logits: a prompt, a further chunk, then token by token."""
+        run = Executor(self.bundle, plan).open()
+        if self.encoder:
+            return run.forward(self.tokens, keep=TOTAL).copy()
+        parts = [self.tokens[:PROMPT], self.tokens[PROMPT : PROMPT + CHUNK]]
+        parts += [[token] for token in self.tokens[PROMPT + CHUNK :]]
+        return np.concatenate([run.forward(part, keep=len(part)).copy() for part in parts])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    yield Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def test_blocks(case: Case) -> None:
+    graph = case.graph
+    assert graph.reason is None
+    layers = KINDS.get(case.family, "attention ffn attention ffn").split()
+    assert [str(b.kind) for b in graph.blocks] == ["embed", *layers, *([] if case.encoder else ["head"])]
+    for before, after in zip(graph.blocks, graph.blocks[1:], strict=False):
+        assert after.input == before.output
+    assert [bool(b.states) for b in graph.blocks] == [
+        not case.encoder and b.kind in {BlockKind.ATTENTION, BlockKind.BLOCK} for b in graph.blocks
+    ]
+    assert all(b.flops_per_token > 0 for b in graph.blocks[1:])
+    assert BlockGraph.from_json(graph.to_json()) == graph
+
+
+def test_weights_are_all_accounted_for(case: Case) -> None:
+    """Bytes of the blocks against those of the source; a tied embedding counts in embed and in head."""
+    source = tiny(case.family)
+    parameters = {name: p for name, p in source.named_parameters() if p.dim() >= 2 and "bias" not in name}
+    # Position and token-type tables depend on the inputs alone, so they belong to the prelude, not to a block.
+    shared = [n for n in parameters if any(t in n for t in ("wpe", "position_embeddings", "token_type", "pooler"))]
+    expected = sum(4 * p.numel() for name, p in parameters.items() if name not in shared)
+    if getattr(source.config, "tie_word_embeddings", False) and not case.encoder:
+        expected += 4 * source.get_input_embeddings().weight.numel()
+    found = sum(b.total_weight_bytes for b in case.graph.blocks)
+    assert expected <= found <= 1.05 * expected + 8192  # norms, biases, epsilons
+
+
+def test_one_device_is_the_source_model(case: Case) -> None:
+    assert relative_error(case.run(Plan.single(case.graph, CPU)), case.expected) <= 1e-3
+
+
+def test_cutting_at_every_boundary_changes_nothing(case: Case) -> None:
+    everywhere = Plan.from_configs([CPU] * len(case.graph.blocks), "every boundary", merge=False)
+    assert relative_error(case.run(everywhere), case.run(Plan.single(case.graph, CPU))) <= 1e-5
+
+
+def test_uneven_groups(case: Case) -> None:
+    """Cuts elsewhere than at every boundary: a group may begin in the middle of a layer."""
+    blocks = len(case.graph.blocks)
+    configs = [CPU if i < blocks // 2 else DeviceConfig("SIM", "f32") for i in range(blocks)]
+    assert relative_error(case.run(Plan.from_configs(configs, "two halves")), case.expected) <= 1e-3
+
+
+@pytest.mark.parametrize("groups", [[], [(0, 1)], [(0, 1), (3, 5)], [(1, 5), (0, 0)]])
+def test_groups_must_cover_the_model(groups: list[tuple[int, int]], tmp_path: Path) -> None:
+    case = Case("llama", tmp_path)
+    model = ov.Core().read_model(case.bundle.model_path)
+    with pytest.raises(PlanError, match="do not cover"):
+        cut(model, case.graph, groups)
+
+
+def test_a_graph_of_another_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    llama, phi = Case("llama", tmp_path / "a"), Case("gpt2", tmp_path / "b")
+    model = ov.Core().read_model(phi.bundle.model_path)
+    with pytest.raises(PlanError, match="does not belong"):
+        cut(model, llama.graph, [(0, 2), (3, len(llama.graph.blocks) - 1)])
+
+
+def test_a_model_that_cannot_be_cut_stays_whole(tmp_path: Path) -> None:
+    import openvino.opset13 as ops
+
+    data = ops.parameter([-1, -1], ov.Type.f32, "input_ids")
+    data.output(0).set_names({"input_ids"})
+    product = ops.matmul(data, ops.constant(np.ones((4, 4), np.float32)), False, False)
+    model = ov.Model([ops.result(product)], [data], "plain")
+    graph = annotate(model)
+    assert len(graph.blocks) == 1
+    assert graph.reason == "no lookup of a constant table by input_ids"
+    assert graph.blocks[0].weight_bytes == {"f32": 64}
+    assert cut(model, graph, [(0, 0)]) == [model]

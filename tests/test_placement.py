@@ -1,0 +1,109 @@
+"""Plans as data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edgert.device import DeviceConfig
+from edgert.errors import PlanError, UnknownDeviceError
+from edgert.graph import Block, BlockGraph, BlockKind, Edge
+from edgert.placement import Placement, Plan
+
+KINDS = [BlockKind.EMBED, BlockKind.ATTENTION, BlockKind.FFN, BlockKind.ATTENTION, BlockKind.FFN, BlockKind.HEAD]
+NAMES = ["embed", "attention.0", "ffn.0", "attention.1", "ffn.1", "head"]
+GRAPH = BlockGraph(
+    tuple(Block(i, k, n, None, f"n{i}:0", (), {}, 0, 0, 0) for i, (k, n) in enumerate(zip(KINDS, NAMES, strict=True))),
+    tuple(Edge(i, i + 1, f"n{i}:0", 4) for i in range(5)),
+)
+A, B = DeviceConfig("CPU", "bf16"), DeviceConfig("CPU", "f32")
+
+
+def configs(plan: Plan) -> list[DeviceConfig]:
+    return [p.config for p in plan.placements for _ in range(p.first, p.last + 1)]
+
+
+def test_single_device_is_one_submodel() -> None:
+    assert Plan.single(GRAPH, A).placements == (Placement(0, 5, A),)
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ("attention=CPU@bf16,ffn=CPU@f32", [A, A, B, A, B, B]),
+        ("*=CPU@f32,ffn.1=CPU@bf16", [B, B, B, B, A, B]),
+        ("*=CPU@f32, 1-3=CPU@bf16", [B, A, A, A, B, B]),
+        ("head=CPU@bf16,0=CPU@f32", [B, B, B, B, B, A]),
+    ],
+)
+def test_explicit_rules(rules: str, expected: list[DeviceConfig]) -> None:
+    plan = Plan.explicit(GRAPH, rules)
+    plan.check(GRAPH)
+    assert configs(plan) == expected
+    assert all(a.config != b.config for a, b in zip(plan.placements, plan.placements[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("", "no rule"),
+        ("attention", "expected SELECTOR=DEVICE"),
+        ("=CPU", "expected SELECTOR=DEVICE"),
+        ("moe=CPU", "matches no block"),
+        ("attention.7=CPU", "matches no block"),
+        ("2-9=CPU", "matches no block"),
+        ("9=CPU", "matches no block"),
+    ],
+)
+def test_bad_rules(rules: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Plan.explicit(GRAPH, rules)
+
+
+@pytest.mark.parametrize("text", ["TPU", "cpu", "CPU@", "CPU@bf16@x", "", "CPU.x@f32", "CPU; rm -rf /"])
+def test_unknown_device_names(text: str) -> None:
+    with pytest.raises(UnknownDeviceError, match="device"):
+        DeviceConfig.parse(text)
+
+
+def test_device_names_are_read_back() -> None:
+    for text in ("CPU@f32+dq", "GPU.1@f16", "ORT@OpenVINO"):
+        assert str(DeviceConfig.parse(text)) == text
+    assert str(DeviceConfig.parse("CPU")) == "CPU@f32+dq"
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    plan = Plan.explicit(GRAPH, "attention=CPU@bf16,ffn=CPU@f32")
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+    assert Plan.read(tmp_path / "plan.json") == plan
+    assert "blocks 0-1 on CPU@bf16" in plan.explain()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"placements": 3, "rationale": ""}', '{"placements": [{}]}'])
+def test_damaged_plan_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(PlanError, match="plan"):
+        Plan.read(tmp_path / "plan.json")
+
+
+def test_missing_plan_file(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="none.json"):
+        Plan.read(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "placements",
+    [
+        (Placement(0, 4, A),),
+        (Placement(0, 6, A),),
+        (Placement(1, 5, A),),
+        (Placement(0, 2, A), Placement(2, 5, B)),
+        (Placement(0, 2, A), Placement(4, 5, B)),
+        (),
+    ],
+)
+def test_plans_that_do_not_cover_the_model(placements: tuple[Placement, ...]) -> None:
+    with pytest.raises(PlanError, match="plan"):
+        Plan(placements, "broken").check(GRAPH)
