@@ -1,0 +1,202 @@
+"""`edgert doctor`: what this installation can do, and what to do about what it cannot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+
+from edgert.cli.options import Subparsers, print_json
+
+DEVICES_TIMEOUT_S = 60
+COMPILERS = ("c++", "g++", "clang++", "cl")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        name: what was looked at.
+        ok: True where it works, False where something that edgert needs does not, None where an option is absent.
+        detail: what was found, in one line.
+        remedy: what to do about it; None where nothing need be done.
+    """
+
+    name: str
+    ok: bool | None
+    detail: str
+    remedy: str | None = None
+
+
+def checks() -> list[Check]:
+    """Look at everything, most basic first. Never raises for what it finds; imports no package of `edgert[compile]`."""
+    found = [check_python(), check_openvino()]
+    if _version("openvino") is not None:
+        found += [check_kernels(), check_devices()]
+    return [*found, check_compile_packages(), *check_torchvision(), check_onnxruntime()]
+
+
+def check_python() -> Check:
+    bits = 64 if sys.maxsize > 2**32 else 32
+    detail = f"{platform.python_implementation()} {platform.python_version()}, {bits} bit, {platform.platform()}"
+    if bits == 64:
+        return Check("Python", True, detail)
+    return Check("Python", False, detail, "OpenVINO needs a 64-bit Python")
+
+
+def check_openvino() -> Check:
+    pin = next((r.partition("==")[2] for r in _requirements() if r.startswith("openvino==")), None)
+    installed = _version("openvino")
+    remedy = f"pip install openvino=={pin}" if pin else "pip install edgert"
+    if installed is None:
+        return Check("OpenVINO", False, "not installed", remedy)
+    if pin is not None and installed != pin:
+        return Check("OpenVINO", False, f"{installed} is installed, edgert needs {pin}", remedy)
+    return Check("OpenVINO", True, installed)
+
+
+def check_kernels() -> Check:
+    from edgert import native
+
+    try:
+        status = native.status()
+    except ImportError as error:
+        return Check("native kernels", False, f"OpenVINO cannot be imported: {error}")
+    again = "in edgert's source folder: pip install --force-reinstall --no-deps --no-cache-dir -v ."
+    if status.loads:
+        return Check("native kernels", True, str(status.path))
+    if status.path is not None:
+        return Check("native kernels", False, f"{status.path}: {status.reason}", f"build them again, {again}")
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS  # CMake's order too
+    compiler = next((path for name in names if (path := shutil.which(name))), None)
+    detail = "not built, edgert is slower without; "
+    if compiler:
+        return Check("native kernels", None, f"{detail}{compiler} is there now", f"build them, {again}")
+    detail += f"no C++ compiler on the path (looked for {', '.join(names)})"
+    install = "install g++ (Linux) or Visual Studio Build Tools (Windows)"
+    return Check("native kernels", None, detail, f"{install}, then, {again}")
+
+
+def check_devices() -> Check:
+    # A child, because a broken driver can hang or abort the process that asks for its devices.
+    ask = "import json,openvino as v;c=v.Core();"
+    ask += "print(json.dumps({d:c.get_property(d,'FULL_DEVICE_NAME') for d in c.available_devices}))"
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", ask], capture_output=True, text=True, timeout=DEVICES_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Check("devices", False, f"listing them took over {DEVICES_TIMEOUT_S} s", "update or remove the driver")
+    if child.returncode != 0:
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        return Check("devices", False, f"listing them failed (exit status {child.returncode}): {last}")
+    devices: dict[str, str] = json.loads(child.stdout)
+    detail = "; ".join(f"{name}: {full.strip()}" for name, full in devices.items())
+    if "CPU" not in devices:
+        return Check(
+            "devices", False, f"OpenVINO reports no CPU device (found: {detail or 'none'})", "reinstall openvino"
+        )
+    return Check("devices", True, detail)
+
+
+def check_compile_packages() -> Check:
+    names = [_name(r) for r in _requirements() if re.search(r"""extra\s*==\s*['"]compile['"]""", r)]
+    versions = {name: _version(name) for name in names}
+    missing = [name for name, version in versions.items() if version is None]
+    if missing:
+        detail = f"missing: {', '.join(missing)}"
+        return Check("edgert[compile]", None, detail, "to compile models here: pip install 'edgert[compile]'")
+    return Check("edgert[compile]", True, ", ".join(f"{name} {version}" for name, version in versions.items()))
+
+
+def check_torchvision() -> list[Check]:
+    """Whether torch and torchvision come from the same build; nothing to say where either is absent.
+
+    The compiled part of torchvision loads beside the torch build it was made for only, and transformers imports
+    torchvision wherever it finds it. The part of a version after `+` names the build: `2.13.0+cpu` beside a plain
+    `0.28.0` is a CPU torch with the CUDA torchvision of PyPI.
+    """
+    torch, torchvision = _version("torch"), _version("torchvision")
+    if torch is None or torchvision is None:
+        return []
+    detail = f"torch {torch}, torchvision {torchvision}"
+    if torch.partition("+")[2] == torchvision.partition("+")[2]:
+        return [Check("torchvision", True, detail)]
+    remedy = "edgert does not need it: pip uninstall torchvision"
+    return [Check("torchvision", False, f"{detail}: not the same build, the import fails", remedy)]
+
+
+def check_onnxruntime() -> Check:
+    if find_spec("onnxruntime") is None:
+        return Check("onnxruntime", None, "not installed", "to run ONNX bundles: pip install 'edgert[onnx]'")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return Check("onnxruntime", False, f"cannot be imported: {error}", "pip install --force-reinstall onnxruntime")
+    return Check("onnxruntime", True, f"{onnxruntime.__version__}: {', '.join(onnxruntime.get_available_providers())}")
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "doctor",
+        help="check the installation",
+        description="Check the installation: packages, native kernels, devices. Exit status 1 if something that edgert "
+        "needs does not work; what is merely optional and absent does not count.",
+    )
+    parser.add_argument("--json", action="store_true", help="print the findings as a JSON list")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    found = checks()
+    if options.json:
+        print_json([asdict(check) for check in found])
+    else:
+        _print(found)
+    return 1 if any(check.ok is False for check in found) else 0
+
+
+def _print(found: Sequence[Check]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("", "check", "finding"):
+        table.add_column(heading, overflow="fold")
+    marks = {True: Text("ok", "green"), False: Text("FAILED", "bold red"), None: Text("absent", "yellow")}
+    for check in found:
+        finding = Text(check.detail)
+        if check.remedy:
+            finding.append(f"\n-> {check.remedy}", "cyan")
+        table.add_row(marks[check.ok], Text(check.name), finding)
+    Console().print(table)
+
+
+def _requirements() -> list[str]:
+    """edgert's requirements as its metadata states them, extras included; empty where edgert is not installed."""
+    try:
+        return metadata.requires("edgert") or []
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
