@@ -340,9 +340,11 @@ class Model:
         """The idle sequence with the longest common beginning, cut back to it; a fresh one where there is none."""
         with self._lock:
             best = max(self._idle, key=lambda idle: _common(idle.tokens, tokens), default=None)
-            if best is not None and 2 * _common(best.tokens, tokens) < len(best.tokens):
-                # Another conversation's cache: leave it, or, where there is no room for one more, take the oldest.
-                best = self._idle[0] if len(self._idle) >= self._max_idle else None
+            if best is not None:
+                common = _common(best.tokens, tokens)
+                if 2 * common < len(best.tokens) and common < len(tokens) - 1:
+                    # Another conversation's cache: leave it, or, where there is no room for one more, take the oldest.
+                    best = self._idle[0] if len(self._idle) >= self._max_idle else None
             if best is not None:
                 self._idle.remove(best)
         if best is None:

@@ -20,6 +20,7 @@ from edgert.executor import Executor
 from edgert.graph import BlockGraph, BlockKind
 from edgert.partition import annotate, cut
 from edgert.placement import Plan
+from edgert.session import Model
 
 CPU = DeviceConfig("CPU", "f32")
 # Chain of the tiny models' two layers, embed and head left out.
@@ -120,21 +121,19 @@ def test_uneven_groups(case: Case) -> None:
     assert relative_error(case.run(Plan.from_configs(configs, "two halves")), case.expected) <= 1e-3
 
 
-@pytest.mark.parametrize("groups", [[], [(0, 1)], [(0, 1), (3, 5)], [(1, 5), (0, 0)]])
-def test_groups_must_cover_the_model(groups: list[tuple[int, int]], tmp_path: Path) -> None:
-    case = Case("llama", tmp_path)
-    model = ov.Core().read_model(case.bundle.model_path)
+@pytest.mark.parametrize("groups", [[], [(0, 1)], [(0, 1), (3, 9)], [(1, 9), (0, 0)], [(0, 10)]])
+def test_groups_must_cover_the_model(groups: list[tuple[int, int]], demo: Model) -> None:
+    model = ov.Core().read_model(demo.bundle.model_path)
+    assert demo.bundle.graph is not None
     with pytest.raises(PlanError, match="do not cover"):
-        cut(model, case.graph, groups)
+        cut(model, demo.bundle.graph, groups)
 
 
-def test_a_graph_of_another_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    llama, phi = Case("llama", tmp_path / "a"), Case("gpt2", tmp_path / "b")
-    model = ov.Core().read_model(phi.bundle.model_path)
+def test_a_graph_of_another_model_is_refused(demo: Model, tmp_path: Path) -> None:
+    other = Case("gpt2", tmp_path)
+    model = ov.Core().read_model(demo.bundle.model_path)
     with pytest.raises(PlanError, match="does not belong"):
-        cut(model, llama.graph, [(0, 2), (3, len(llama.graph.blocks) - 1)])
+        cut(model, other.graph, [(0, 2), (3, len(other.graph.blocks) - 1)])
 
 
 def test_a_model_that_cannot_be_cut_stays_whole(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_the_common_prefix_is_reused(demo_path: Path) -> None:
     prompt = model.tokenizer.encode(PROMPT)
     first = model.generate(prompt, max_tokens=8)
     assert first.timings.reused_tokens == 0
+    model.generate(prompt, max_tokens=30)
     again = model.generate(prompt, max_tokens=8)  # cut back into the prompt
     assert again.timings.reused_tokens == len(prompt) - 1
     assert again.tokens == first.tokens
