@@ -174,7 +174,9 @@ def overhead() -> list[Ratio]:
             last = piece.timings.host_us
         middle = statistics.median(samples)
         spread = f"host ms/token, {len(samples)} tokens, in the running model"
-        rows.append(Ratio(f"host: {name}", middle, min(samples), max(samples), f"<= {limit} ms", middle <= limit, spread))
+        rows.append(
+            Ratio(f"host: {name}", middle, min(samples), max(samples), f"<= {limit} ms", middle <= limit, spread)
+        )
     # Random weights give flat logits; a trained model's are peaked. Both kinds must be fast.
     random = np.random.default_rng(2)
     for kind, logits in (

@@ -3,8 +3,8 @@
     model = edgert.load("demo.edge")
     print(model.generate("Once upon a time", max_tokens=64).text)
 
-Everything below is imported when it is first used, so `import edgert` costs next to nothing and never pulls in what only
-`compile` needs.
+Everything below is imported when it is first used, so `import edgert` costs next to nothing and never pulls in what
+only `compile` needs.
 """
 
 from __future__ import annotations

@@ -148,7 +148,9 @@ class Bundle:
                 progress(name)
             found = sha256(self.path / name)
             if found != entry["sha256"]:
-                raise BundleError(f"bundle {self.path}: {name} has hash {found[:12]}…, expected {entry['sha256'][:12]}…")
+                raise BundleError(
+                    f"bundle {self.path}: {name} has hash {found[:12]}…, expected {entry['sha256'][:12]}…"
+                )
 
 
 @contextmanager
@@ -247,7 +249,9 @@ def _read_json(root: Path, name: str) -> dict[str, Any]:
     if path.is_symlink() or not path.is_file():
         raise BundleError(f"bundle {root}: {name} is missing or no plain file")
     if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise BundleError(f"bundle {root}: {name} has {path.stat().st_size} bytes, at most {MAX_MANIFEST_BYTES} allowed")
+        raise BundleError(
+            f"bundle {root}: {name} has {path.stat().st_size} bytes, at most {MAX_MANIFEST_BYTES} allowed"
+        )
     try:
         data = json.loads(path.read_text("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -262,7 +266,11 @@ def _check_file(root: Path, name: str, entry: Any) -> None:
     escapes = not parts or name.startswith("/") or "\\" in name or ":" in name or any(p in {"..", "."} for p in parts)
     if escapes:
         raise BundleError(f"bundle {root}: file name {name!r} points outside the folder")
-    if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("sha256"), str):
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("bytes"), int)
+        or not isinstance(entry.get("sha256"), str)
+    ):
         raise BundleError(f"bundle {root}: entry of {name} needs bytes and sha256")
     path = root
     for part in parts:

@@ -100,4 +100,3 @@ class PlanError(EdgertError):
 
 class ChatTemplateError(EdgertError):
     """No chat template, or one that fails or oversteps its sandbox."""
-

@@ -149,4 +149,3 @@ def _compile(path: Path, graph: BlockGraph | None, plan: Plan) -> list[Stage]:
         Stage(p, backend.compile(submodel, p.config))
         for p, backend, submodel in zip(plan.placements, backends, submodels, strict=True)
     ]
-

@@ -105,16 +105,14 @@ def cut(model: ov.Model, graph: BlockGraph, groups: Sequence[tuple[int, int]]) -
     for number, (first, last) in enumerate(groups):
         states = [s for b in graph.blocks[first : last + 1] for s in b.states]
         sinks = [assigns[s] for s in states]
-        if number == len(groups) - 1:
-            results = list(clone.get_results())
-        else:
-            results = [ops.result(boundaries[number][1])]
+        last_one = number == len(groups) - 1
+        results = list(clone.get_results()) if last_one else [ops.result(boundaries[number][1])]
         needed = _ancestors([*results, *sinks])
         parameters = [p for p in clone.get_parameters() if p.get_friendly_name() in needed]
         if number:
             parameters.append(boundaries[number - 1][0])
         submodel = ov.Model(results, sinks, parameters, f"{clone.get_friendly_name()}[{first}-{last}]").clone()
-        if number < len(groups) - 1:
+        if not last_one:
             submodel.output(0).set_names({BOUNDARY})
         submodels.append(submodel)
     return submodels
@@ -245,7 +243,7 @@ def _content(stream: _Stream, first: int, last: int, owners: dict[str, int]) -> 
 
 
 def _group(stream: _Stream) -> list[tuple[int, int]]:
-    """Join segments to blocks: a block has attention, states or at least two products; what is between belongs to it."""
+    """Join segments to blocks: a block has attention, states or two products, and what follows up to the next one."""
     owners = stream.state_owners()
     contents = [_content(stream, s, s, owners) for s in range(len(stream.ends))]
     cores = [s for s, c in enumerate(contents) if c.attention or c.states or len(c.products) >= 2]

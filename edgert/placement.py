@@ -74,7 +74,7 @@ class Plan:
             if not chosen:
                 names = ", ".join(dict.fromkeys(str(b.kind) for b in graph.blocks))
                 raise PlanError(
-                    f"placement rule {rule!r} matches no block; the model has {len(graph.blocks)} blocks of kinds {names}"
+                    f"placement rule {rule!r} matches no block; the model has {len(graph.blocks)} of kinds {names}"
                 )
             for index in chosen:
                 configs[index] = config

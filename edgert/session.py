@@ -479,4 +479,3 @@ async def _in_thread(work: Callable[[threading.Event], T]) -> T:
         cancel.set()
         await asyncio.wait([task])
         raise
-

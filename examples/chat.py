@@ -1,6 +1,6 @@
 """A conversation from Python: each turn prefills only what is new.
 
-    python examples/chat.py build/demo.edge
+python examples/chat.py build/demo.edge
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Several generations at once with asyncio; each has a sequence of its own.
 
-    python examples/many_at_once.py build/demo.edge
+python examples/many_at_once.py build/demo.edge
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Place attention and FFN blocks on different device configurations, and see that the text stays the same.
 
-    python examples/placement.py build/demo.edge
+python examples/placement.py build/demo.edge
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Stream text, and stop when the sentence is over.
 
-    python examples/stream.py build/demo.edge
+python examples/stream.py build/demo.edge
 """
 
 import sys

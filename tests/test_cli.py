@@ -76,9 +76,7 @@ def test_run_reads_standard_input(
     assert run(capsys, "run", str(demo_path))[0] == 2
 
 
-def test_conversation(
-    capsys: pytest.CaptureFixture[str], demo_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_conversation(capsys: pytest.CaptureFixture[str], demo_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
 import pytest
 import torch
+from edgert.converters.huggingface import export_decoder, export_encoder
 from tiny_models import FAMILIES, tiny
 
 from edgert import bundle as bundles
 from edgert.bundle import Bundle
-from edgert.converters.huggingface import export_decoder, export_encoder
 from edgert.device import DeviceConfig
 from edgert.errors import PlanError
 from edgert.executor import Executor
@@ -70,8 +69,8 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    yield Case(request.param, tmp_path_factory.mktemp(request.param))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:

@@ -89,7 +89,7 @@ def test_damaged_plan_file(tmp_path: Path, text: str) -> None:
 
 
 def test_missing_plan_file(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="none.json"):
+    with pytest.raises(PlanError, match=r"none.json"):
         Plan.read(tmp_path / "none.json")
 
 

@@ -288,5 +288,5 @@ def test_a_damaged_model_file(demo_path: Path, tmp_path: Path) -> None:
     xml = (broken / "model.xml").read_bytes()
     (broken / "model.xml").write_bytes(xml[: len(xml) // 2] + b" " * (len(xml) - len(xml) // 2))
     bundle = Bundle.open(broken)
-    with pytest.raises(BundleError, match="model.xml cannot be read"):
+    with pytest.raises(BundleError, match=r"model.xml cannot be read"):
         Executor(bundle, Plan.single(bundle.graph, edgert.DeviceConfig("CPU", "f32")))  # type: ignore[arg-type]

@@ -104,8 +104,6 @@ def _kind(openvino_name: str) -> DeviceKind | None:
     return DeviceKind(kind) if kind in DeviceKind.__members__ else None
 
 
-
-
 @cache
 def _info(name: str) -> DeviceInfo:
     kind = DeviceKind(name.partition(".")[0])

@@ -61,4 +61,3 @@ class VerbParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
-

@@ -33,7 +33,9 @@ def run(options: argparse.Namespace) -> int:
     for name, value in {**asdict(bundle.facts), "source": bundle.report.source, **bundle.report.tools}.items():
         table.add_row(name, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
     if bundle.graph:
-        table.add_row("blocks", str(len(bundle.graph.blocks)) + (f" ({bundle.graph.reason})" if bundle.graph.reason else ""))
+        table.add_row(
+            "blocks", str(len(bundle.graph.blocks)) + (f" ({bundle.graph.reason})" if bundle.graph.reason else "")
+        )
     console.print(table)
     print_report(console, bundle)
     files = Table("file", "size", "sha256", title="files (hashes verified)" if options.verify else "files")

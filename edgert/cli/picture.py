@@ -24,7 +24,9 @@ def plan_svg(name: str, graph: BlockGraph, plan: Plan) -> str:
     for block in graph.blocks:
         y = top + block.index * _ROW
         if block.index in cuts:
-            rows.append(f'<line x1="8" x2="{_WIDTH - 8}" y1="{y - 3}" y2="{y - 3}" stroke="#888" stroke-dasharray="4 3"/>')
+            rows.append(
+                f'<line x1="8" x2="{_WIDTH - 8}" y1="{y - 3}" y2="{y - 3}" stroke="#888" stroke-dasharray="4 3"/>'
+            )
         length = max(2.0, (_WIDTH - _LEFT - 170) * block.total_weight_bytes / largest)
         label = size(block.total_weight_bytes)
         if block.kv_bytes_per_token:

@@ -50,9 +50,7 @@ def run(options: argparse.Namespace) -> int:
         prompt = sys.stdin.read().rstrip("\n")
         if not prompt:
             raise EmptyPromptError("prompt: standard input is empty")
-    model = load(
-        options.bundle, plan=options.plan, device=options.device, place=options.place, verify=options.verify
-    )
+    model = load(options.bundle, plan=options.plan, device=options.device, place=options.place, verify=options.verify)
     sampling: Sampling = {
         "temperature": options.temperature,
         "top_k": options.top_k,

@@ -38,7 +38,8 @@ CHAT_TEMPLATE = (
 
 
 def read_books(path: Path) -> list[str]:
-    text = lzma.open(path, "rt", encoding="utf-8").read() if path.suffix == ".xz" else path.read_text("utf-8")
+    raw = path.read_bytes()
+    text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8")
     return [book.strip() for book in text.split(END) if book.strip()]
 
 
@@ -53,9 +54,7 @@ def conversations(book: str) -> list[str]:
             if len(run) >= 2:
                 turns = run[: len(run) // 2 * 2]
                 found.append(
-                    "".join(
-                        f"{TURN}{('user', 'assistant')[i % 2]}\n{turn}{STOP}\n" for i, turn in enumerate(turns)
-                    )
+                    "".join(f"{TURN}{('user', 'assistant')[i % 2]}\n{turn}{STOP}\n" for i, turn in enumerate(turns))
                 )
             run = []
     return found
@@ -73,8 +72,12 @@ def train_tokenizer(books: list[str], out: Path) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator((book[:400_000] for book in books), trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=CONTEXT,
-        additional_special_tokens=[TURN, STOP], clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=CONTEXT,
+        additional_special_tokens=[TURN, STOP],
+        clean_up_tokenization_spaces=False,
     )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(out)
@@ -94,9 +97,19 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
 
 def configuration(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
     return Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=CONTEXT, rope_theta=10000.0,
-        tie_word_embeddings=True, attention_bias=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=CONTEXT,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        attention_bias=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
 
@@ -136,7 +149,10 @@ def main() -> None:
     heldout = encode(tokenizer, [heldout_text])
     heldout_bytes = len(heldout_text.encode("utf-8"))
     sample = heldout[:60_000]
-    print(f"{len(prose)} tokens of prose, {len(talk)} of conversation, {heldout_bytes / len(heldout):.2f} bytes/token", flush=True)
+    print(
+        f"{len(prose)} tokens of prose, {len(talk)} of conversation, {heldout_bytes / len(heldout):.2f} bytes/token",
+        flush=True,
+    )
 
     model = Qwen3ForCausalLM(configuration(tokenizer))
     hidden = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
@@ -185,15 +201,23 @@ def main() -> None:
             optimizer.zero_grad(set_to_none=True)
         step += 1
         if step % 100 == 0:
-            elapsed = time.monotonic() - begin
-            bpb = bits_per_byte(model, sample, int(heldout_bytes * len(sample) / len(heldout)), CONTEXT) if step % 500 == 0 else float("nan")
-            print(f"step {step} loss {loss.item():.3f} held-out {bpb:.3f} bpb {step * options.batch_tokens / elapsed:.0f} tok/s {progress:.0%}", flush=True)
+            speed = step * options.batch_tokens / (time.monotonic() - begin)
+            line = f"step {step} loss {loss.item():.3f} {speed:.0f} tokens/s {progress:.0%}"
+            if step % 500 == 0:
+                sample_bytes = int(heldout_bytes * len(sample) / len(heldout))
+                line += f" held-out {bits_per_byte(model, sample, sample_bytes, CONTEXT):.3f} bits per byte"
+            print(line, flush=True)
 
     model = model.to(torch.bfloat16)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(STOP)]
     model.save_pretrained(options.out)
     final = bits_per_byte(model.float(), heldout, heldout_bytes, CONTEXT)
-    log = {"steps": step, "tokens": step * options.batch_tokens, "minutes": options.minutes, "heldout_bits_per_byte": round(final, 4)}
+    log = {
+        "steps": step,
+        "tokens": step * options.batch_tokens,
+        "minutes": options.minutes,
+        "heldout_bits_per_byte": round(final, 4),
+    }
     (options.out / "training.json").write_text(json.dumps(log, indent=2) + "\n", "utf-8")
     print(log, flush=True)
 
