@@ -65,6 +65,16 @@ def test_run(capsys: pytest.CaptureFixture[str], demo_path: Path) -> None:
     assert data["timings"]["new_tokens"] == 8
 
 
+def test_the_prompt_may_follow_options(capsys: pytest.CaptureFixture[str], demo_path: Path) -> None:
+    code, out, _ = run(capsys, "run", str(demo_path), "--json", "--max-tokens", "2", "--chat", "Good evening")
+    assert code == 0
+    assert json.loads(out)["timings"]["prompt_tokens"] > 4
+    for stray in (["--nonsense"], ["a", "b"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["run", str(demo_path), "--json", *stray])
+        assert stop.value.code == 2
+
+
 def test_run_reads_standard_input(
     capsys: pytest.CaptureFixture[str], demo_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

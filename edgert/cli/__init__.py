@@ -37,7 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=VerbParser)
     for verb in VERBS:
         import_module(f"edgert.cli.{verb}").add_parser(subparsers)
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse ends positionals at the first option, so of `run BUNDLE --chat PROMPT` it leaves the prompt over.
+    if len(rest) == 1 and not rest[0].startswith("-") and getattr(options, "prompt", "") is None:
+        options.prompt = rest.pop()
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(options.run(options))
     except EdgertError as error:
