@@ -9,8 +9,13 @@ only `compile` needs.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# OpenVINO reports every import to its maker's web analytics unless the reporter is missing. Whoever runs a model on
+# their own machine has not asked for that; with this name taken, OpenVINO and NNCF use their own stubs instead.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 if TYPE_CHECKING:
     from edgert.backends import devices as devices

@@ -14,11 +14,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from edgert.errors import BundleError, BundleVersionError, UsageError
+from edgert.fields import build, check_rows
 from edgert.graph import BlockGraph
 
 FORMAT_VERSION = 1
@@ -26,6 +27,9 @@ MANIFEST = "manifest.json"
 GRAPH = "graph.json"
 TOKENIZER = "tokenizer"
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+MAX_NAME = 255
+PRECISION_COLUMNS = {"role": str, "precision": str, "tensors": int, "elements": int, "bytes": int}
+CHECK_COLUMNS = {"check": str, "relative_error": float, "limit": float, "against": str}
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class ModelFacts:
     bos_token_id: int | None
     weights: str
     parameters: int
-    pooling: str | None = None
+    pooling: Literal["mean", "cls"] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,8 @@ class Report:
     Attributes:
         source: kind of source and its name, e.g. `huggingface: Qwen3-0.6B`.
         tools: package versions, e.g. `{"openvino": "2026.4.1", "nncf": "3.4.0"}`.
-        precisions: what became which precision: rows of `{"role", "precision", "tensors", "elements", "bytes"}`.
-        checks: gates passed: rows of `{"check", "relative_error", "limit", "against"}`.
+        precisions: what became which precision: rows with `PRECISION_COLUMNS`.
+        checks: gates passed: rows with `CHECK_COLUMNS`.
     """
 
     source: str
@@ -103,7 +107,7 @@ class Bundle:
             raise BundleError(f"bundle {root}: no such folder")
         manifest = _read_json(root, MANIFEST)
         version = manifest.get("format_version")
-        if not isinstance(version, int) or version < 1:
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise BundleError(f"bundle {root}: format_version is {version!r}, expected an integer from 1")
         if version > FORMAT_VERSION:
             raise BundleVersionError(
@@ -114,11 +118,14 @@ class Bundle:
             raise BundleError(f"bundle {root}: the manifest lists no files")
         for name, entry in files.items():
             _check_file(root, name, entry)
+        _check_nothing_else(root, set(files))
         try:
-            facts = _facts(manifest["model"])
-            report = Report(**manifest["report"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"bundle {root}: manifest: {error!r}") from error
+            facts = _facts(manifest.get("model"))
+            report = build(Report, manifest.get("report"), "report")
+            check_rows(report.precisions, PRECISION_COLUMNS, "report.precisions")
+            check_rows(report.checks, CHECK_COLUMNS, "report.checks")
+        except ValueError as error:
+            raise BundleError(f"bundle {root}: manifest: {error}") from error
         main = "model.xml" if facts.format == "openvino" else "model.onnx"
         for needed in (main, *(["model.bin"] if facts.format == "openvino" else [])):
             if needed not in files:
@@ -164,12 +171,14 @@ def create(out: str | Path, *, overwrite: bool = False) -> Iterator[Draft]:
         BundleError: the disk did not take it.
     """
     out = Path(out)
-    if out.exists() or out.is_symlink():
+    if out.is_symlink():
+        raise UsageError(f"output {out} is a symbolic link; give the place itself")
+    if out.exists():
         if not overwrite:
             raise UsageError(f"output {out} exists already; pass --force to replace it")
         if not (out / MANIFEST).is_file():
             raise UsageError(f"output {out} exists and is no bundle; edgert will not replace it")
-    folder: Path | None = None
+    folder = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -181,15 +190,18 @@ def create(out: str | Path, *, overwrite: bool = False) -> Iterator[Draft]:
         if out.exists():
             aside = folder.with_suffix(".old")
             out.rename(aside)
-            folder.rename(out)
-            shutil.rmtree(aside)
+            try:
+                folder.rename(out)
+            except BaseException:
+                aside.rename(out)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
         else:
             folder.rename(out)
-        folder = None
     except OSError as error:
         raise BundleError(f"bundle {out}: cannot be written: {error}") from error
     finally:
-        if folder is not None:
+        if folder is not None:  # nothing there once it has its own name
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -208,6 +220,8 @@ class Draft:
         for file in sorted(p for p in self.path.rglob("*") if p.is_file()):
             name = file.relative_to(self.path).as_posix()
             files[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+            with file.open("rb+") as stream:  # on the disk before the rename is
+                os.fsync(stream.fileno())
         manifest = {
             "format_version": FORMAT_VERSION,
             "model": asdict(facts),
@@ -229,18 +243,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _facts(data: dict[str, Any]) -> ModelFacts:
-    known = {f.name for f in fields(ModelFacts)}
-    unknown = set(data) - known
-    if unknown:
-        raise ValueError(f"unknown model facts {sorted(unknown)}")
-    facts = ModelFacts(**{**data, "eos_token_ids": tuple(data["eos_token_ids"])})
-    if facts.task not in {"decoder", "encoder"} or facts.format not in {"openvino", "onnx"}:
-        raise ValueError(f"task {facts.task!r} with format {facts.format!r}")
+def _facts(data: Any) -> ModelFacts:
+    facts = build(ModelFacts, data, "model")
     for name in ("vocab_size", "hidden_size", "context_length"):
         value = getattr(facts, name)
-        if not isinstance(value, int) or not 0 < value < 2**31:
-            raise ValueError(f"{name} is {value!r}, expected 1 to 2^31")
+        if not 0 < value < 2**31:
+            raise ValueError(f"model: {name} is {value}, expected 1 to 2^31 - 1")
+    if (facts.pooling is None) != (facts.task == "decoder"):
+        raise ValueError(f"model: pooling is {facts.pooling!r} for task {facts.task!r}")
     return facts
 
 
@@ -254,7 +264,7 @@ def _read_json(root: Path, name: str) -> dict[str, Any]:
         )
     try:
         data = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"bundle {root}: {name} is no JSON: {error}") from error
     if not isinstance(data, dict):
         raise BundleError(f"bundle {root}: {name} holds a {type(data).__name__}, expected an object")
@@ -262,6 +272,8 @@ def _read_json(root: Path, name: str) -> dict[str, Any]:
 
 
 def _check_file(root: Path, name: str, entry: Any) -> None:
+    if len(name) > MAX_NAME:
+        raise BundleError(f"bundle {root}: a file name has {len(name)} characters, at most {MAX_NAME} allowed")
     parts = PurePosixPath(name).parts
     escapes = not parts or name.startswith("/") or "\\" in name or ":" in name or any(p in {"..", "."} for p in parts)
     if escapes:
@@ -282,3 +294,13 @@ def _check_file(root: Path, name: str, entry: Any) -> None:
     size = path.stat().st_size
     if size != entry["bytes"]:
         raise BundleError(f"bundle {root}: {name} has {size} bytes, expected {entry['bytes']}")
+
+
+def _check_nothing_else(root: Path, listed: set[str]) -> None:
+    """What the manifest does not list has no hash, so it must not be there to be picked up."""
+    for path in root.rglob("*"):
+        name = path.relative_to(root).as_posix()
+        if path.is_symlink():
+            raise BundleError(f"bundle {root}: {name} is a symbolic link, which bundles may not hold")
+        if not path.is_dir() and name not in listed and name != MANIFEST:
+            raise BundleError(f"bundle {root}: {name} is not listed in the manifest")

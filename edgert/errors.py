@@ -26,6 +26,12 @@ class EdgertError(Exception):
     """Root of the tree above."""
 
 
+def cause(error: Exception) -> str:
+    """What a message of OpenVINO comes down to: its last line that is not empty; source locations come before."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
 class UsageError(EdgertError, ValueError):
     """An argument is wrong; the message names it, its value and its limit."""
 

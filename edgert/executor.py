@@ -9,14 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from edgert.backends import devices_of, require
+from edgert.backends import info_of, require
 from edgert.backends.base import Array, Compiled
 from edgert.bundle import Bundle
 from edgert.device import DeviceKind
-from edgert.errors import BundleError, PlanError
+from edgert.errors import BundleError, PlanError, cause
 from edgert.graph import BlockGraph
 from edgert.kvcache import trim
 from edgert.placement import Placement, Plan
+
+# What `SequenceRun.forward` can give to a submodel.
+INPUTS = frozenset(
+    {"input_ids", "attention_mask", "position_ids", "token_type_ids", "beam_idx", "logits_to_keep", "hidden"}
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Executor:
     def __init__(self, bundle: Bundle, plan: Plan) -> None:
         self.facts = bundle.facts
         self.plan = plan
+        # A recurrent state cannot be taken back to an earlier token.
+        self.trimmable = bundle.graph is None or not any(block.recurrent_bytes for block in bundle.graph.blocks)
         ort = [p for p in plan.placements if p.config.kind is DeviceKind.ORT]
         if bundle.facts.format == "onnx":
             if len(plan.placements) != 1 or not ort:
@@ -58,8 +65,7 @@ class Executor:
     @property
     def emulated(self) -> bool:
         """Whether some device is emulated, so that no timing means anything."""
-        used = {stage.placement.config.device: stage.placement.config.kind for stage in self.stages}
-        return any(info.emulated for kind in set(used.values()) for info in devices_of(kind) if info.name in used)
+        return any(info_of(stage.placement.config).emulated for stage in self.stages)
 
     def open(self) -> SequenceRun:
         """A new, empty sequence."""
@@ -77,11 +83,7 @@ class SequenceRun:
     def __init__(self, executor: Executor) -> None:
         self._runners = [stage.compiled.runner() for stage in executor.stages]
         self._slices = executor.stages[-1].compiled.inputs >= {"logits_to_keep"}
-        length = executor.facts.context_length
-        self._ones = np.ones((1, length), np.int64)
-        self._positions = np.arange(length, dtype=np.int64)[None]
-        self._zeros = np.zeros((1, length), np.int64)
-        self._beam = np.zeros(1, np.int32)
+        self._trimmable = executor.trimmable
         self.past = 0
         self.infer_us = 0.0
 
@@ -99,10 +101,10 @@ class SequenceRun:
         total = self.past + count
         inputs: dict[str, Array] = {
             "input_ids": np.array([tokens], np.int64),
-            "attention_mask": self._ones[:, :total],
-            "position_ids": self._positions[:, self.past : total],
-            "token_type_ids": self._zeros[:, :count],
-            "beam_idx": self._beam,
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(self.past, total, dtype=np.int64)[None],
+            "token_type_ids": np.zeros((1, count), np.int64),
+            "beam_idx": np.zeros(1, np.int32),
             "logits_to_keep": np.array([keep], np.int64),
         }
         start = time.perf_counter_ns()
@@ -117,7 +119,7 @@ class SequenceRun:
         """Go back to the first `length` tokens, or to none where the states do not allow it: see `past` after."""
         if length == self.past:
             return
-        if length:
+        if length and self._trimmable:
             kept = [trim(runner.read_states(), past=self.past, length=length) for runner in self._runners]
             if all(k is not None for k in kept):
                 for runner, states in zip(self._runners, kept, strict=True):
@@ -141,10 +143,13 @@ def _compile(path: Path, graph: BlockGraph | None, plan: Plan) -> list[Stage]:
     backends = [require(p.config) for p in plan.placements]  # before minutes go into compiling for another
     try:
         model = core().read_model(path)  # weights stay memory-mapped
-    except RuntimeError as error:
-        raise BundleError(f"bundle {path.parent}: {path.name} cannot be read: {str(error).splitlines()[-1]}") from error
-    keep_last_logits(model, graph)
-    submodels = cut(model, graph, [(p.first, p.last) for p in plan.placements])
+        keep_last_logits(model, graph)
+        submodels = cut(model, graph, [(p.first, p.last) for p in plan.placements])
+        needed = {name for submodel in submodels for port in submodel.inputs for name in port.get_names()}
+    except RuntimeError as error:  # OpenVINO's only class of errors
+        raise BundleError(f"bundle {path.parent}: {path.name} cannot be read: {cause(error)}") from error
+    if unknown := sorted(needed - INPUTS):
+        raise BundleError(f"bundle {path.parent}: {path.name} wants an input {unknown[0]!r}, which nothing gives")
     return [
         Stage(p, backend.compile(submodel, p.config))
         for p, backend, submodel in zip(plan.placements, backends, submodels, strict=True)

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from edgert.errors import BundleError
+from edgert.fields import build
 
 
 class BlockKind(StrEnum):
@@ -97,13 +98,15 @@ class BlockGraph:
             BundleError: a field is missing, unknown or of the wrong kind, or the chain is broken.
         """
         try:
-            blocks = tuple(
-                Block(**{**b, "kind": BlockKind(b["kind"]), "states": tuple(b["states"])}) for b in data["blocks"]
-            )
-            edges = tuple(Edge(**e) for e in data["edges"])
-            graph = cls(blocks, edges, data.get("reason"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"block graph: {error!r}") from error
-        if not blocks or [b.index for b in blocks] != list(range(len(blocks))) or len(edges) != len(blocks) - 1:
-            raise BundleError(f"block graph: {len(blocks)} blocks and {len(edges)} edges do not form a chain")
+            graph = build(cls, data, "block graph")
+        except ValueError as error:
+            raise BundleError(str(error)) from error
+        blocks = graph.blocks
+        tensors = [
+            (a.output, edge.tensor, b.input) for a, edge, b in zip(blocks, graph.edges, blocks[1:], strict=False)
+        ]
+        chained = all(len(set(names)) == 1 for names in tensors) and blocks[:1] and blocks[0].input is None
+        numbered = [b.index for b in blocks] == list(range(len(blocks))) and len(graph.edges) == len(blocks) - 1
+        if not chained or not numbered:
+            raise BundleError(f"block graph: {len(blocks)} blocks and {len(graph.edges)} edges do not form a chain")
         return graph

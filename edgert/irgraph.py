@@ -8,7 +8,7 @@ from functools import cached_property
 
 import openvino as ov
 
-from edgert.errors import ConversionError
+from edgert.errors import BundleError, ConversionError
 
 # Inputs that look at a tensor's shape or type, not at its data, so nothing of the residual stream flows through them.
 _SHAPE_ONLY = {("ShapeOf", 0), ("ConvertLike", 1), ("RandomUniform", 0)}
@@ -38,7 +38,7 @@ class IrGraph:
     """Index of a model's operations by friendly name, in topological order.
 
     Raises:
-        ConversionError: two operations share a name (models read from a file never do).
+        ConversionError: two operations share a name; `make_names_unique` helps before the model is saved.
     """
 
     def __init__(self, model: ov.Model) -> None:
@@ -47,7 +47,7 @@ class IrGraph:
         for op in model.get_ordered_ops():
             name = op.get_friendly_name()
             if name in self.nodes:
-                raise ConversionError(f"model: two operations are called {name!r}; save the model and read it again")
+                raise ConversionError(f"model: two operations are called {name!r}, so a block graph cannot name them")
             inputs = []
             for port in op.inputs():
                 source = port.get_source_output()
@@ -111,9 +111,27 @@ class IrGraph:
                 return weight
         return None
 
+    def tensor(self, name: str) -> ov.Output:
+        """The output `node:port`; raises `BundleError` where the model has none of that name."""
+        node, _, port = name.rpartition(":")
+        if node not in self.nodes or not port.isdecimal() or int(port) >= self[node].op.get_output_size():
+            raise BundleError(f"block graph: the model has no tensor {name!r}")
+        return self[node].op.output(int(port))
+
     def variable_id(self, node: Node) -> str:
         """The id of the state that a ReadValue or Assign belongs to."""
         return str(node.op.get_attributes()["variable_id"])
+
+
+def make_names_unique(model: ov.Model) -> None:
+    """Give operations that share a name names of their own, in place."""
+    seen: set[str] = set()
+    for op in model.get_ordered_ops():
+        name, number = op.get_friendly_name(), 1
+        while op.get_friendly_name() in seen:
+            number += 1
+            op.set_friendly_name(f"{name}/{number}")
+        seen.add(op.get_friendly_name())
 
 
 def _elements(shape: ov.PartialShape) -> int:

@@ -8,6 +8,7 @@ import openvino as ov
 import openvino.opset13 as ops
 
 from edgert.graph import BlockGraph, BlockKind
+from edgert.irgraph import IrGraph
 
 KEEP = "logits_to_keep"
 
@@ -18,14 +19,16 @@ def keep_last_logits(model: ov.Model, graph: BlockGraph) -> bool:
     A prompt of a thousand tokens needs one row of logits; the head is often the largest matrix of a small model. The
     model is changed in place. Blocks keep their boundaries, so `graph` stays valid.
 
+    Raises:
+        BundleError: `graph` belongs to another model.
+
     Returns:
         False, and nothing changed, where the model has no head block (encoders, models in one piece).
     """
     head = graph.blocks[-1]
     if head.kind is not BlockKind.HEAD or head.input is None:
         return False
-    name, _, port = head.input.rpartition(":")
-    tensor = next(op for op in model.get_ordered_ops() if op.get_friendly_name() == name).output(int(port))
+    tensor = IrGraph(model).tensor(head.input)
     consumers = list(tensor.get_target_inputs())
     keep = ops.parameter([1], ov.Type.i64, KEEP)
     keep.output(0).set_names({KEEP})

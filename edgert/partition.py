@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import openvino as ov
 import openvino.opset13 as ops
@@ -83,6 +84,7 @@ def cut(model: ov.Model, graph: BlockGraph, groups: Sequence[tuple[int, int]]) -
         ranges = list(zip([0, *(s + 1 for s in segments)], [*segments, stream.last], strict=True))
         for shape_of in _crossings(stream, ranges)[0]:
             _shape_from_inputs(index, shape_of)
+        state_owners = stream.state_owners
     except _Uncuttable as error:
         raise PlanError(f"cut: the block graph does not belong to this model: {error}") from error
 
@@ -90,8 +92,7 @@ def cut(model: ov.Model, graph: BlockGraph, groups: Sequence[tuple[int, int]]) -
     assigns = {index.variable_id(n): n.op for n in index.of_type("Assign")}
     boundaries: list[tuple[ov.Node, ov.Output]] = []  # parameter of the next submodel, tensor it stands for
     for number, (_, last) in enumerate(groups[:-1]):
-        name, _, port = graph.blocks[last].output.rpartition(":")
-        tensor = index[name].op.output(int(port))
+        tensor = index.tensor(graph.blocks[last].output)
         parameter = ops.parameter(tensor.get_partial_shape(), tensor.get_element_type(), BOUNDARY)
         parameter.output(0).set_names({BOUNDARY})
         for consumer in tensor.get_target_inputs():
@@ -103,8 +104,7 @@ def cut(model: ov.Model, graph: BlockGraph, groups: Sequence[tuple[int, int]]) -
 
     submodels = []
     for number, (first, last) in enumerate(groups):
-        states = [s for b in graph.blocks[first : last + 1] for s in b.states]
-        sinks = [assigns[s] for s in states]
+        sinks = [assigns[variable] for variable, s in state_owners.items() if owner[s] == number]
         last_one = number == len(groups) - 1
         results = list(clone.get_results()) if last_one else [ops.result(boundaries[number][1])]
         needed = _ancestors([*results, *sinks])
@@ -134,6 +134,8 @@ class _Stream:
 
     def __init__(self, graph: IrGraph) -> None:
         self.graph = graph
+        if len(graph.model.get_results()) != 1:
+            raise _Uncuttable(f"{len(graph.model.get_results())} results, expected one")
         embedding = _embedding(graph)
         result = graph.model.get_results()[0].get_friendly_name()
         states = {node.name for node in graph.of_type("ReadValue")}
@@ -155,11 +157,10 @@ class _Stream:
         furthest = [0] * len(self.main)  # the last operation that uses this one
         ports: list[set[int]] = [set() for _ in self.main]
         for node in self.main:
-            for port, (source, source_port) in enumerate(node.inputs):
+            for source, source_port in node.inputs:
                 if source in position and source in node.data_inputs:
                     furthest[position[source]] = max(furthest[position[source]], position[node.name])
                     ports[position[source]].add(source_port)
-                del port
         self.segment: dict[str, int] = {}
         self.ends: list[Node] = []
         reach = 0
@@ -199,6 +200,7 @@ class _Stream:
                     stack.append(graph[source])
         return found
 
+    @cached_property
     def state_owners(self) -> dict[str, int]:
         """For each state variable the segment whose data it stores."""
         owners = {}
@@ -244,7 +246,7 @@ def _content(stream: _Stream, first: int, last: int, owners: dict[str, int]) -> 
 
 def _group(stream: _Stream) -> list[tuple[int, int]]:
     """Join segments to blocks: a block has attention, states or two products, and what follows up to the next one."""
-    owners = stream.state_owners()
+    owners = stream.state_owners
     contents = [_content(stream, s, s, owners) for s in range(len(stream.ends))]
     cores = [s for s, c in enumerate(contents) if c.attention or c.states or len(c.products) >= 2]
     if not cores:
@@ -266,13 +268,12 @@ def _crossings(stream: _Stream, ranges: Sequence[tuple[int, int]]) -> tuple[list
     """
     graph = stream.graph
     owner = {s: number for number, (first, last) in enumerate(ranges) for s in range(first, last + 1)}
-    states = {variable: owner[s] for variable, s in stream.state_owners().items()}
+    states = {variable: owner[s] for variable, s in stream.state_owners.items()}
     shapes: dict[str, Node] = {}
     joined: list[tuple[int, int]] = []
     for number, (first, last) in enumerate(ranges):
         for node in stream.side(range(first, last + 1)).values():
-            sources = node.inputs
-            for source, _ in sources:
+            for source, _ in node.inputs:
                 home = owner.get(stream.segment.get(source, -1))
                 if home is None and source in stream.live:
                     origin = [graph[n] for n in graph.leading_to(source)]
@@ -351,7 +352,7 @@ def _shape_from_inputs(graph: IrGraph, shape_of: Node) -> None:
 
 def _describe(stream: _Stream, first: int, last: int, index: int, count: int) -> Block:
     graph = stream.graph
-    content = _content(stream, first, last, stream.state_owners())
+    content = _content(stream, first, last, stream.state_owners)
     weights: dict[str, int] = {}
     for node in stream.side(range(first, last + 1)).values():
         if node.type == "Constant" and _only_weight(stream, node, range(first, last + 1)):

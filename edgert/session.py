@@ -8,6 +8,7 @@ shares the longest beginning with, so a chat prefills only what is new.
 from __future__ import annotations
 
 import asyncio
+import operator
 import os
 import threading
 import time
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.bundle import Bundle
-from edgert.device import DEFAULT_VARIANTS, DeviceConfig, DeviceKind
+from edgert.device import DeviceConfig, DeviceKind
 from edgert.errors import ContextOverflowError, EmptyPromptError, UsageError
 from edgert.executor import Executor, SequenceRun
 from edgert.placement import Placement, Plan
@@ -127,7 +128,7 @@ class Result:
     timings: Timings
 
 
-@dataclass
+@dataclass(eq=False)
 class _Idle:
     """A sequence that nobody runs, with the tokens in its KV cache."""
 
@@ -171,9 +172,12 @@ class Model:
     ) -> Iterator[Piece]:
         """Like `generate`, a piece a token. Arguments are checked at once; closing the iterator cancels."""
         self._need("decoder", "generate")
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+        clock = _Clock(self._provenance)
+        tokens = self._tokens(prompt)
         params = self._check(tokens, sampling)
-        return self._run(tokens, params, cancel, StreamDecoder(self.tokenizer, params.stop, prompt=tokens))
+        decoder = StreamDecoder(self.tokenizer, params.stop, prompt=tokens)
+        clock.checked()
+        return self._run(tokens, params, cancel, decoder, clock)
 
     def chat(
         self,
@@ -201,9 +205,11 @@ class Model:
     ) -> Iterator[Piece]:
         """Like `chat`, a piece a token."""
         self._need("decoder", "chat")
+        clock = _Clock(self._provenance)
         tokens = self.tokenizer.encode_chat(messages, tools=tools)
         params = self._check(tokens, sampling)
-        return self._run(tokens, params, cancel, StreamDecoder(self.tokenizer, params.stop))
+        clock.checked()
+        return self._run(tokens, params, cancel, StreamDecoder(self.tokenizer, params.stop), clock)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors for texts.
@@ -234,31 +240,51 @@ class Model:
         """`generate` for asyncio; cancelling the task cancels the generation."""
         return await _in_thread(lambda cancel: self.generate(prompt, cancel=cancel, **sampling))
 
-    async def achat(self, messages: list[dict[str, Any]], **sampling: Unpack[Sampling]) -> Result:
+    async def achat(
+        self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None, **sampling: Unpack[Sampling]
+    ) -> Result:
         """`chat` for asyncio; cancelling the task cancels the generation."""
-        return await _in_thread(lambda cancel: self.chat(messages, cancel=cancel, **sampling))
+        return await _in_thread(lambda cancel: self.chat(messages, tools=tools, cancel=cancel, **sampling))
 
     async def aembed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """`embed` for asyncio."""
         return await asyncio.to_thread(self.embed, texts)
 
-    async def astream(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> AsyncIterator[Piece]:
+    def astream(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> AsyncIterator[Piece]:
         """`stream` for asyncio; leaving the loop, or cancelling the task, cancels the generation."""
         cancel = threading.Event()
-        pieces = self.stream(prompt, cancel=cancel, **sampling)
-        try:
-            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
-                yield piece
-        finally:
-            cancel.set()
+        return _from_thread(self.stream(prompt, cancel=cancel, **sampling), cancel)
+
+    def astream_chat(
+        self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None, **sampling: Unpack[Sampling]
+    ) -> AsyncIterator[Piece]:
+        """`stream_chat` for asyncio, as `astream`."""
+        cancel = threading.Event()
+        return _from_thread(self.stream_chat(messages, tools=tools, cancel=cancel, **sampling), cancel)
+
+    def release(self) -> None:
+        """Give back the memory of the KV caches that nobody uses; the next prompts prefill from the start."""
+        with self._lock:
+            self._idle.clear()
 
     def score(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Logits `[len(tokens), vocab]` for every position of a token sequence, f32; for parity and quality checks."""
         self._need("decoder", "score")
-        self._check_prompt(list(tokens), room=0)
+        tokens = self._tokens(tokens)
+        self._check_prompt(tokens, room=0)
         run = self._executor.open()
         chunks = [tokens[i : i + self._chunk] for i in range(0, len(tokens), self._chunk)]
         return np.concatenate([run.forward(chunk, keep=len(chunk)).astype(np.float32) for chunk in chunks])
+
+    def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        try:
+            if isinstance(prompt, bytes):
+                raise TypeError("bytes are neither text nor tokens")
+            return [operator.index(token) for token in prompt]
+        except TypeError as error:
+            raise UsageError(f"prompt: expected text or a sequence of token ids: {error}") from error
 
     def _need(self, task: str, method: str) -> None:
         if self.facts.task != task:
@@ -279,8 +305,6 @@ class Model:
 
     def _check(self, tokens: list[int], sampling: Sampling) -> SamplingParams:
         options: dict[str, Any] = dict(sampling)
-        if "stop" in options and not isinstance(options["stop"], str):
-            options["stop"] = tuple(options["stop"])
         asked = options.get("max_tokens")
         left = max(1, self.facts.context_length - len(tokens))
         params = SamplingParams(**{**options, "max_tokens": min(DEFAULT_MAX_TOKENS, left) if asked is None else asked})
@@ -288,12 +312,17 @@ class Model:
         return params
 
     def _run(
-        self, tokens: list[int], params: SamplingParams, cancel: threading.Event | None, decoder: StreamDecoder
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        cancel: threading.Event | None,
+        decoder: StreamDecoder,
+        clock: _Clock,
     ) -> Iterator[Piece]:
         cancel = cancel or threading.Event()
-        clock = _Clock(len(tokens), self._provenance)
+        clock.resume()
         idle = self._take(tokens)
-        clock.reused = len(idle.tokens)
+        clock.prompt_tokens, clock.reused = len(tokens), len(idle.tokens)
         sampler = Sampler(params)
         history = list(tokens)
         healthy = False  # a sequence that a device failed on, or that was left in the middle, is not used again
@@ -333,7 +362,7 @@ class Model:
             if not clock.new_tokens:
                 yield Piece("", None, None, (), clock.pause(), reason)
         finally:
-            if healthy:
+            if healthy and idle.tokens:
                 self._give_back(idle)
 
     def _take(self, tokens: list[int]) -> _Idle:
@@ -357,18 +386,21 @@ class Model:
     def _give_back(self, idle: _Idle) -> None:
         with self._lock:
             self._idle.append(idle)
-            del self._idle[: -self._max_idle]
+            del self._idle[: len(self._idle) - self._max_idle]
 
 
 class _Clock:
     """Adds up what `Timings` reports. The consumer's own time, between `pause` and `resume`, is not counted."""
 
-    def __init__(self, prompt_tokens: int, provenance: Literal["measured", "emulated"]) -> None:
-        self.prompt_tokens = prompt_tokens
-        self.reused = self.new_tokens = 0
+    def __init__(self, provenance: Literal["measured", "emulated"]) -> None:
+        self.prompt_tokens = self.reused = self.new_tokens = 0
         self.prefill_us = self.decode_us = self._ttft_us = self._before_us = 0.0
         self._provenance = provenance
         self._since = time.perf_counter_ns()
+
+    def checked(self) -> None:
+        """Stop between the check of the arguments and the first step."""
+        self._before_us += (time.perf_counter_ns() - self._since) / 1000
 
     def pause(self) -> Timings:
         self._before_us += (time.perf_counter_ns() - self._since) / 1000
@@ -408,16 +440,16 @@ def load(
             default.
         place: an explicit placement, e.g. `attention=CPU@bf16,ffn=CPU@f32`; see `Plan.explicit`.
         prefill_chunk: tokens of a prompt that are prefilled in one go, at least 1.
-        max_idle: sequences that keep their KV cache when nobody runs them, at least 1.
+        max_idle: sequences that keep their KV cache when nobody runs them; see also `Model.release`.
         verify: compare every file with its hash first.
 
     Raises:
         BundleError, PlanError, DeviceError: the bundle, plan or device cannot be used.
         UsageError: more than one of `plan`, `device` and `place`, or a number below its limit.
     """
-    for name, value in (("prefill_chunk", prefill_chunk), ("max_idle", max_idle)):
-        if value < 1:
-            raise UsageError(f"{name} is {value}, expected at least 1")
+    for name, value, least in (("prefill_chunk", prefill_chunk, 1), ("max_idle", max_idle, 0)):
+        if not isinstance(value, int) or value < least:
+            raise UsageError(f"{name} is {value!r}, expected a whole number from {least}")
     bundle = Bundle.open(Path(path), verify=verify)
     chosen = choose_plan(bundle, plan=plan, device=device, place=place)
     return Model(bundle, chosen, prefill_chunk=prefill_chunk, max_idle=max_idle)
@@ -443,8 +475,9 @@ def choose_plan(
             raise UsageError(f"place: bundle {bundle.path} runs whole, it has no blocks to place")
         return Plan.explicit(graph, place)
     default = DeviceKind.ORT if bundle.facts.format == "onnx" else DeviceKind.CPU
-    config = DeviceConfig.parse(device) if isinstance(device, str) else device
-    config = config or DeviceConfig(default, DEFAULT_VARIANTS[default])
+    if device is None:
+        device = str(default)
+    config = device if isinstance(device, DeviceConfig) else DeviceConfig.parse(str(device))
     return Plan.single(graph, config) if graph else Plan((Placement(0, 0, config),), f"single device {config}")
 
 
@@ -478,4 +511,13 @@ async def _in_thread(work: Callable[[threading.Event], T]) -> T:
     except asyncio.CancelledError:
         cancel.set()
         await asyncio.wait([task])
+        task.exception()  # looked at, so asyncio does not complain of it
         raise
+
+
+async def _from_thread(pieces: Iterator[Piece], cancel: threading.Event) -> AsyncIterator[Piece]:
+    try:
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            yield piece
+    finally:
+        cancel.set()

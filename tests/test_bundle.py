@@ -119,7 +119,50 @@ def test_damaged_manifest(fake_bundle: MakeBundle, text: str) -> None:
 def test_absurd_facts(fake_bundle: MakeBundle, fact: str, value: object) -> None:
     path = fake_bundle()
     edit_manifest(path, lambda m: m["model"].update({fact: value}))
-    with pytest.raises(BundleError, match=fact if fact != "surprise" else "unknown model facts"):
+    with pytest.raises(BundleError, match=fact if fact != "surprise" else "unknown field"):
+        Bundle.open(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tools", []), ("precisions", None), ("precisions", [{}]), ("checks", ["x"]), ("checks", [{"check": 1}])],
+)
+def test_absurd_reports(fake_bundle: MakeBundle, field: str, value: object) -> None:
+    path = fake_bundle()
+    edit_manifest(path, lambda m: m["report"].update({field: value}))
+    with pytest.raises(BundleError, match=field):
+        Bundle.open(path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer/chat_template.jinja", "model.onnx", "model.xml.bak"])
+def test_what_the_manifest_does_not_list_is_refused(fake_bundle: MakeBundle, name: str) -> None:
+    path = fake_bundle()
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_text("not hashed")
+    with pytest.raises(BundleError, match="not listed"):
+        Bundle.open(path)
+
+
+def test_a_linked_folder_that_is_not_listed(fake_bundle: MakeBundle, tmp_path: Path) -> None:
+    path = fake_bundle()
+    (tmp_path / "away").mkdir()
+    (path / "tokenizer").symlink_to(tmp_path / "away")
+    with pytest.raises(BundleError, match="symbolic link"):
+        Bundle.open(path)
+
+
+@pytest.mark.parametrize("text", ['{"format_version": ' + "9" * 5000 + "}", "[" * 100_000, '{"format_version": true}'])
+def test_hostile_json(fake_bundle: MakeBundle, text: str) -> None:
+    path = fake_bundle()
+    (path / "manifest.json").write_text(text)
+    with pytest.raises(BundleError):
+        Bundle.open(path)
+
+
+def test_an_absurdly_long_name(fake_bundle: MakeBundle) -> None:
+    path = fake_bundle()
+    edit_manifest(path, lambda m: m["files"].update({"x" * 5000: {"bytes": 1, "sha256": "0"}}))
+    with pytest.raises(BundleError, match="at most 255"):
         Bundle.open(path)
 
 
@@ -171,3 +214,34 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no bundle"), bundles.create(tmp_path / "thesis", overwrite=True):
         pass
     assert (tmp_path / "thesis" / "chapter1.txt").exists()
+
+
+def test_a_failed_replacement_puts_the_old_bundle_back(
+    fake_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = fake_bundle()
+    rename = Path.rename
+
+    def fail_for_the_new(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+
+    def replace() -> None:
+        with bundles.create(path, overwrite=True) as draft:
+            for name in ("model.xml", "model.bin"):
+                (draft.path / name).write_text("new")
+            draft.finish(Bundle.open(path).facts, bundles.Report("test: new", {}), None)
+
+    with pytest.raises(KeyboardInterrupt):
+        replace()
+    assert Bundle.open(path, verify=True).report.source == "test: fake"
+    assert leftovers(path.parent) == [path.name]
+
+
+def test_a_linked_output_is_refused(fake_bundle: MakeBundle, tmp_path: Path) -> None:
+    (tmp_path / "link.edge").symlink_to(fake_bundle())
+    with pytest.raises(UsageError, match="symbolic link"), bundles.create(tmp_path / "link.edge", overwrite=True):
+        pass

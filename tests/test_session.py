@@ -13,7 +13,6 @@ import pytest
 import edgert
 from edgert.backends.simulated import SimulatedBackend
 from edgert.errors import (
-    BundleError,
     ContextOverflowError,
     DeviceFailedError,
     EmptyPromptError,
@@ -22,6 +21,7 @@ from edgert.errors import (
     UnknownDeviceError,
     UsageError,
 )
+from edgert.executor import SequenceRun
 from edgert.placement import Plan
 from edgert.session import Model
 
@@ -191,21 +191,37 @@ def test_async_twins(demo: Model) -> None:
         both = await asyncio.gather(*(demo.agenerate(PROMPT, max_tokens=8) for _ in range(2)))
         assert [r.tokens for r in both] == [expected.tokens] * 2
         assert "".join([p.text async for p in demo.astream(PROMPT, max_tokens=8)]) == expected.text
-        answer = await demo.achat([{"role": "user", "content": "Hello"}], max_tokens=4)
-        assert answer.tokens
+        messages = [{"role": "user", "content": "Hello"}]
+        answer = await demo.achat(messages, max_tokens=4)
+        assert [p.token async for p in demo.astream_chat(messages, max_tokens=4)] == list(answer.tokens)
+        with pytest.raises(SamplingError):
+            demo.astream(PROMPT, top_p=7)
 
     asyncio.run(work())
 
 
-def test_a_cancelled_task_ends_its_generation(demo: Model) -> None:
+def test_a_cancelled_task_ends_its_generation(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    forward = SequenceRun.forward
+
     async def work() -> None:
-        task = asyncio.create_task(demo.agenerate(PROMPT, max_tokens=900))
-        await asyncio.sleep(0)
+        started = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def counted(self: SequenceRun, tokens: list[int], *, keep: int = 1) -> np.ndarray:
+            steps.append(len(tokens))
+            loop.call_soon_threadsafe(started.set)
+            return forward(self, tokens, keep=keep)
+
+        monkeypatch.setattr(SequenceRun, "forward", counted)
+        task = asyncio.create_task(demo.agenerate([5] * 20, max_tokens=1000))
+        await started.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     asyncio.run(work())
+    assert len(steps) < 500  # it would have gone on to the end of the context
 
 
 def test_a_failing_device_is_an_error_and_the_model_lives_on(
@@ -239,6 +255,46 @@ def test_context_overflow_is_told_before_any_work(demo: Model) -> None:
 def test_the_last_place_of_the_context_can_be_used(demo: Model) -> None:
     result = demo.generate([5] * (demo.facts.context_length - 2))
     assert len(result.tokens) <= 2
+
+
+@pytest.mark.parametrize("prompt", [None, 5, ["a"], [1.5], ["12"], b"abc", [[1, 2]], [None]])
+def test_prompts_that_are_neither_text_nor_tokens(demo: Model, prompt: object) -> None:
+    with pytest.raises(UsageError, match="prompt: expected text or a sequence of token ids"):
+        demo.stream(prompt)  # type: ignore[arg-type]
+
+
+def test_numpy_tokens_are_tokens(demo: Model) -> None:
+    assert demo.generate(np.array([5, 6, 7]), max_tokens=3).tokens == demo.generate([5, 6, 7], max_tokens=3).tokens
+
+
+def test_released_caches_are_gone(demo_path: Path) -> None:
+    model = edgert.load(demo_path, device="CPU@f32")
+    model.generate(PROMPT, max_tokens=2)
+    model.release()
+    assert model.generate(PROMPT, max_tokens=2).timings.reused_tokens == 0
+
+
+def test_a_cancelled_prefill_keeps_no_empty_cache(demo_path: Path) -> None:
+    model = edgert.load(demo_path, device="CPU@f32", max_idle=1)
+    model.generate(PROMPT, max_tokens=2)
+    cancel = threading.Event()
+    cancel.set()
+    model.generate("Something else entirely", cancel=cancel)
+    assert model._idle == [] or model._idle[0].tokens
+
+
+def test_time_to_first_token_counts_from_the_call(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10**15, 10**9))  # a second passes at every look
+    monkeypatch.setattr("edgert.session.time.perf_counter_ns", lambda: next(clock))
+    pieces = demo.stream(PROMPT, max_tokens=1)
+    assert next(pieces).timings.ttft_us >= 2e6  # one look before the text was encoded, one after
+
+
+def test_only_the_last_logits_are_computed(demo: Model) -> None:
+    run = demo._executor.open()
+    prompt = demo.tokenizer.encode(PROMPT)
+    assert run.forward(prompt).shape == (1, demo.facts.vocab_size)
+    assert run._runners[-1]._request.get_output_tensor(0).shape == [1, 1, demo.facts.vocab_size]
 
 
 @pytest.mark.parametrize("token", [-1, 4096, 2**40])
@@ -275,18 +331,3 @@ def test_a_plan_for_another_model(demo_path: Path, demo: Model) -> None:
     config = demo.plan.placements[0].config
     with pytest.raises(PlanError, match="the model has 10"):
         edgert.load(demo_path, plan=Plan.from_configs([config] * 4, "too short"))
-
-
-def test_a_damaged_model_file(demo_path: Path, tmp_path: Path) -> None:
-    import shutil
-
-    from edgert.bundle import Bundle
-    from edgert.executor import Executor
-
-    broken = tmp_path / "broken.edge"
-    shutil.copytree(demo_path, broken)
-    xml = (broken / "model.xml").read_bytes()
-    (broken / "model.xml").write_bytes(xml[: len(xml) // 2] + b" " * (len(xml) - len(xml) // 2))
-    bundle = Bundle.open(broken)
-    with pytest.raises(BundleError, match=r"model.xml cannot be read"):
-        Executor(bundle, Plan.single(bundle.graph, edgert.DeviceConfig("CPU", "f32")))  # type: ignore[arg-type]

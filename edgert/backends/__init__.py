@@ -39,15 +39,22 @@ def devices() -> list[DeviceInfo]:
     return found
 
 
-def require(config: DeviceConfig) -> Backend:
-    """The backend that drives a device configuration.
+def info_of(config: DeviceConfig) -> DeviceInfo:
+    """The device that a configuration names; of several GPUs `GPU` is the first, `GPU.0`.
 
     Raises:
         UnknownDeviceError: there is no such device or configuration here; the message lists those of its kind.
         MissingDependencyError: the backend's package is not installed.
     """
-    present = [c for info in devices_of(config.kind) for c in info.configs]
-    if config not in present:
-        known = ", ".join(map(str, present)) or f"no {config.kind} at all"
-        raise UnknownDeviceError(f"device {config} is not available here; available: {known}")
+    infos = devices_of(config.kind)
+    for info in infos:
+        if info.name in {config.device, f"{config.device}.0"} and config.variant in info.variants:
+            return info
+    known = ", ".join(str(c) for info in infos for c in info.configs) or f"no configuration of {config.kind}"
+    raise UnknownDeviceError(f"device {config} is not available here; available: {known}")
+
+
+def require(config: DeviceConfig) -> Backend:
+    """The backend that drives a device configuration; raises as `info_of`."""
+    info_of(config)
     return _load(_MODULES[config.kind])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import openvino as ov
 
 from edgert.backends.base import Array
 from edgert.device import DEFAULT_VARIANTS, DeviceConfig, DeviceInfo, DeviceKind
-from edgert.errors import DeviceFailedError
+from edgert.errors import DeviceFailedError, cause
 
 # What each configuration means to OpenVINO, and the capability the device must report for it.
 # https://docs.openvino.ai/2026/openvino-workflow/running-inference/optimize-inference/precision-control.html
@@ -33,6 +34,8 @@ _PROPERTIES: dict[DeviceKind, dict[str, tuple[dict[str, str], str]]] = {
         "f16": ({"INFERENCE_PRECISION_HINT": "f16"}, "FP16"),
         "f32": ({"INFERENCE_PRECISION_HINT": "f32"}, "FP32"),
     },
+    # An NPU wants static shapes, which submodels do not have yet: it is shown, and no plan can use it.
+    DeviceKind.NPU: {},
 }
 
 
@@ -52,25 +55,28 @@ class OpenVinoRunner:
 
     def infer(self, inputs: Mapping[str, Array]) -> Array:
         request = self._request
-        try:
+        try:  # the hot path: no context manager
             for name, port in self._inputs:
                 request.set_tensor(port, ov.Tensor(inputs[name], shared_memory=True))
             request.infer(share_outputs=True)
         except RuntimeError as error:
-            raise DeviceFailedError(f"{self._config} failed: {_first_line(error)}") from error
+            raise DeviceFailedError(f"{self._config} failed: {cause(error)}") from error
         output: Array = request.get_output_tensor(0).data
         return output
 
     def read_states(self) -> dict[str, Array]:
-        return {state.name: state.state.data.copy() for state in self._request.query_state()}
+        with _failing(self._config):
+            return {state.name: state.state.data.copy() for state in self._request.query_state()}
 
     def write_states(self, states: Mapping[str, Array]) -> None:
-        for state in self._request.query_state():
-            if state.name in states:
-                state.state = ov.Tensor(states[state.name])
+        with _failing(self._config):
+            for state in self._request.query_state():
+                if state.name in states:
+                    state.state = ov.Tensor(states[state.name])
 
     def reset(self) -> None:
-        self._request.reset_state()
+        with _failing(self._config):
+            self._request.reset_state()
 
 
 class OpenVinoCompiled:
@@ -82,7 +88,8 @@ class OpenVinoCompiled:
         self.inputs = frozenset(port.get_any_name() for port in compiled.inputs)
 
     def runner(self) -> OpenVinoRunner:
-        return OpenVinoRunner(self._compiled, self._config)
+        with _failing(self._config):
+            return OpenVinoRunner(self._compiled, self._config)
 
 
 class OpenVinoBackend:
@@ -96,7 +103,7 @@ class OpenVinoBackend:
         try:
             return OpenVinoCompiled(core().compile_model(model, config.device, properties), config)
         except RuntimeError as error:
-            raise DeviceFailedError(f"{config} cannot compile the model: {_first_line(error)}") from error
+            raise DeviceFailedError(f"{config} cannot compile the model: {cause(error)}") from error
 
 
 def _kind(openvino_name: str) -> DeviceKind | None:
@@ -117,14 +124,16 @@ def _info(name: str) -> DeviceInfo:
         variants=tuple(sorted(variants, key=lambda v: v != default)),
         # An OpenCL layer that presents a CPU as a GPU says so in its name.
         emulated="emulated" in full_name.lower(),
-        details={"capabilities": " ".join(capabilities)},
+        details={"capabilities": " ".join(capabilities), **({} if variants else {"note": "not used by this version"})},
     )
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # OpenVINO puts the source location first and the reason last.
-    return lines[-1] if lines else type(error).__name__
+@contextmanager
+def _failing(config: DeviceConfig) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # OpenVINO's only class of errors
+        raise DeviceFailedError(f"{config} failed: {cause(error)}") from error
 
 
 BACKEND = OpenVinoBackend()
