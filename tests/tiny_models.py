@@ -6,10 +6,13 @@ attention. `initializer_range` is five times the usual one, so that logits diffe
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+import openvino as ov
 import torch
 import transformers
+from edgert.converters.huggingface import export_decoder, export_encoder
 from transformers import PreTrainedModel
 
 SLIDING_WINDOW = 8
@@ -89,3 +92,15 @@ def tiny(family: str, seed: int = 0) -> PreTrainedModel:
     if family == "bert":
         return transformers.AutoModel.from_config(config, dtype=torch.float32).eval()
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@cache
+def _exported(family: str) -> tuple[PreTrainedModel, ov.Model]:
+    model = tiny(family)
+    return model, (export_encoder if family == "bert" else export_decoder)(model)
+
+
+def exported(family: str) -> tuple[PreTrainedModel, ov.Model]:
+    """`tiny(family)` and a copy of its export, which is made once a session: do not change the first of the two."""
+    model, converted = _exported(family)
+    return model, converted.clone()

@@ -1,0 +1,97 @@
+"""Source models become bundles: `edgert.compile`. Needs the packages of `edgert[compile]`.
+
+    sources.py      what SRC is, and what lies beside the weights
+    pretrained.py   a Hugging Face folder, through huggingface.py (the general route) or optimum-intel
+    onnx_source.py  an ONNX file            gguf_source.py  a GGUF file
+    canonical.py    the one form of every model in a bundle
+    quality.py      the gate                compress.py     NNCF and the table of precisions
+    onnx_bundle.py  a bundle that onnxruntime runs
+
+build.py puts them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgert.errors import MissingDependencyError, UsageError
+
+if __name__ != "edgert.converters":
+    raise ImportError(f"edgert's converters must be imported as edgert.converters, not as {__name__}")
+
+if TYPE_CHECKING:
+    from edgert.bundle import Bundle
+
+_WEIGHTS = ("fp16", "int8", "int4")
+_EXPORTERS = ("general", "optimum")
+_FORMATS = ("openvino", "onnx")
+_PACKAGES = ("torch", "transformers", "nncf", "onnx", "onnxruntime", "onnxscript", "optimum", "gguf", "psutil")
+
+
+def compile(
+    src: str | Path,
+    out: str | Path,
+    *,
+    weights: Literal["fp16", "int8", "int4"] = "int4",
+    group_size: int = 128,
+    sym: bool = False,
+    awq: bool = False,
+    dataset: str | Path | None = None,
+    exporter: Literal["general", "optimum"] = "general",
+    format: Literal["openvino", "onnx"] = "openvino",
+    name: str | None = None,
+    force: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Bundle:
+    """Turn a model into a bundle.
+
+    Args:
+        src: a Hugging Face folder or hub id, an ONNX file or folder, an OpenVINO IR folder, or a GGUF file.
+        out: the bundle to write.
+        weights: precision of the weight matrices. Compressed IR and GGUF keep what they have.
+        group_size: INT4 weights that share a scale; -1 is a whole channel.
+        sym: symmetric INT4, without zero points.
+        awq: activation-aware scaling, with activations from `dataset` where one is given.
+        dataset: a UTF-8 text file, at least 128 tokens long; INT4 scales are fitted to it (scale estimation).
+        exporter: how a Hugging Face model is exported.
+        format: `onnx` makes a bundle that onnxruntime runs whole; from a Hugging Face folder or hub id only.
+        name: the model's name for people; by default that of `src`.
+        force: replace an existing bundle.
+        progress: is told each stage as it begins.
+
+    Raises:
+        UsageError: an argument is wrong, or `out` exists.
+        ConversionError: the model cannot be converted; `ParityError`: it could, but computes something else.
+        MissingDependencyError: a package of `edgert[compile]` is missing or does not load.
+        BundleError: the bundle cannot be written.
+    """
+    _check_choice("weights", weights, _WEIGHTS)
+    _check_choice("exporter", exporter, _EXPORTERS)
+    _check_choice("format", format, _FORMATS)
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or not (group_size == -1 or group_size > 1):
+        raise UsageError(f"group_size is {group_size!r}, expected -1 (a whole channel) or a number from 2")
+    if weights != "int4" and (sym or awq or dataset is not None or group_size != 128):
+        raise UsageError(f"group_size, sym, awq and dataset are for weights='int4', not for {weights!r}")
+    if dataset is not None and not Path(dataset).is_file():
+        raise UsageError(f"dataset {dataset}: no such file")
+    try:
+        from edgert.converters.build import Options, build
+
+        return build(
+            src,
+            Path(out),
+            Options(weights, group_size, sym, awq, Path(dataset) if dataset else None, exporter, format, name, force),
+            progress or (lambda stage: None),
+        )
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _PACKAGES:
+            raise
+        raise MissingDependencyError(f"compile needs {package}: pip install edgert[compile]") from error
+
+
+def _check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{argument} is {value!r}, expected one of {', '.join(choices)}")

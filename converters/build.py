@@ -1,0 +1,272 @@
+"""The way of `edgert.compile`: source -> checked `ov.Model` -> compressed -> bundle."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import openvino as ov
+from edgert.converters import quality
+from edgert.converters.canonical import DECODER_OUTPUT, canonical_decoder, canonical_encoder
+from edgert.converters.compress import Weights, compress, precision_table, read_samples, to_fp16
+from edgert.converters.sources import (
+    Source,
+    Task,
+    copy_tokenizer,
+    detect,
+    encoder_facts,
+    facts,
+    special_ids,
+)
+from tokenizers import Tokenizer
+
+import edgert
+from edgert.bundle import Bundle, Draft, ModelFacts, Report, create
+from edgert.errors import BundleError, ConversionError, MissingDependencyError, UsageError
+from edgert.graph import BlockGraph
+from edgert.partition import annotate
+
+Progress = Callable[[str], None]
+Rows = list[dict[str, Any]]
+_TOOLS = {
+    "huggingface": ("openvino", "nncf", "torch", "transformers"),
+    "onnx": ("openvino", "nncf", "onnx", "onnxruntime"),
+    "openvino": ("openvino", "nncf"),
+    "gguf": ("openvino", "gguf"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `edgert.converters.compile`, checked."""
+
+    weights: Weights
+    group_size: int
+    sym: bool
+    awq: bool
+    dataset: Path | None
+    exporter: Literal["general", "optimum"]
+    format: Literal["openvino", "onnx"]
+    name: str | None
+    force: bool
+
+
+def build(src: str | Path, out: Path, options: Options, progress: Progress) -> Bundle:
+    """See `edgert.converters.compile`."""
+    with create(out, overwrite=options.force) as draft:
+        progress("load")
+        source = detect(src)
+        if options.weights != "fp16" and source.kind in {"huggingface", "onnx"} and find_spec("nncf") is None:
+            raise ModuleNotFoundError("nncf", name="nncf")  # now, and not after the export
+        if options.format == "onnx":
+            if source.kind != "huggingface":
+                raise UsageError(f"format 'onnx' needs a Hugging Face model, {source.path} is {source.kind}")
+            _check_torchvision()
+            from edgert.converters.onnx_bundle import build_onnx
+
+            facts_, report, graph = build_onnx(source, draft, options, progress)
+        elif source.kind == "gguf":
+            facts_, report, graph = _build_gguf(source, draft, options, progress)
+        else:
+            facts_, report, graph = _build_openvino(source, draft, options, progress)
+        gc.collect()  # Windows renames no folder with a file that is still memory-mapped
+        draft.finish(facts_, report, graph)
+    return Bundle.open(out)
+
+
+def _build_openvino(
+    source: Source, draft: Draft, options: Options, progress: Progress
+) -> tuple[ModelFacts, Report, BlockGraph]:
+    tokenizer = copy_tokenizer(source.folder, draft.path / "tokenizer")
+    config = source.config()
+    model, task, checks = _convert(source, options, progress)
+    gc.collect()
+    vocab_size = _vocab_size(model, config, task)
+    weights: str = options.weights
+    if _is_compressed(model):
+        weights = "source"
+    else:
+        progress(f"compress to {weights}")
+        to_fp16(model)
+        gc.collect()
+        if options.weights != "fp16":
+            chosen = samples(options, tokenizer, vocab_size) if options.dataset else None
+            model = compress(
+                model,
+                options.weights,
+                group_size=options.group_size,
+                sym=options.sym,
+                awq=options.awq,
+                samples=chosen,
+            )
+    progress("write")
+    rows, graph = save(model, draft)
+    parameters = sum(row["elements"] for row in rows)
+    described = describe(source, config, options, task, "openvino", vocab_size, tokenizer, draft, weights, parameters)
+    return described, report(source, options, rows, checks), graph
+
+
+def describe(
+    source: Source,
+    config: dict[str, Any],
+    options: Options,
+    task: Task,
+    format: Literal["openvino", "onnx"],
+    vocab_size: int,
+    tokenizer: Tokenizer,
+    draft: Draft,
+    weights: str,
+    parameters: int,
+) -> ModelFacts:
+    """The facts of a model that has a config.json and whose tokenizer is in `draft`.
+
+    Raises:
+        ConversionError: the configuration lacks a number that the runtime needs.
+    """
+    folder = draft.path / "tokenizer"
+    eos, bos = special_ids(source, tokenizer, folder)
+    pooling, longest = encoder_facts(source.folder, folder) if task == "encoder" else (None, None)
+    return facts(
+        config,
+        name=options.name or source.name,
+        task=task,
+        format=format,
+        vocab_size=vocab_size,
+        eos_token_ids=eos,
+        bos_token_id=bos,
+        weights=weights,
+        parameters=parameters,
+        pooling=pooling,
+        max_tokens=longest,
+    )
+
+
+def _convert(source: Source, options: Options, progress: Progress) -> tuple[ov.Model, Task, Rows]:
+    if source.kind == "huggingface":
+        _check_torchvision()
+        from edgert.converters import pretrained
+
+        with pretrained.quiet():
+            return pretrained.convert(source.folder, options.exporter, progress)
+    if source.kind == "onnx":
+        from edgert.converters import onnx_source
+
+        return onnx_source.convert(source.path, progress)
+    return _convert_ir(source.path, progress)
+
+
+def _convert_ir(path: Path, progress: Progress) -> tuple[ov.Model, Task, Rows]:
+    try:
+        model = ov.Core().read_model(path)
+    except RuntimeError as error:
+        raise ConversionError(f"{path}: OpenVINO cannot read it: {_last_line(error)}") from error
+    progress("check")
+    if any(DECODER_OUTPUT in port.get_names() for port in model.outputs):
+        canonical_decoder(model)
+        vocab_size = _vocab_size(model, {}, "decoder")
+        row = quality.check_states(lambda: quality.openvino_decoder(model), vocab_size=vocab_size)
+        return model, "decoder", [row]
+    canonical_encoder(model)
+    return model, "encoder", []
+
+
+def _build_gguf(
+    source: Source, draft: Draft, options: Options, progress: Progress
+) -> tuple[ModelFacts, Report, BlockGraph]:
+    from edgert.converters import gguf_source
+    from edgert.converters.gguf_tokenizer import end_tokens, write_tokenizer
+
+    metadata = gguf_source.read_metadata(source.path)
+    write_tokenizer(metadata.fields, draft.path / "tokenizer")
+    config = metadata.config()
+    model, checks = gguf_source.convert(metadata, progress)
+    progress("write")
+    rows, graph = save(model, draft)
+    described = facts(
+        config,
+        name=options.name or source.name,
+        task="decoder",
+        format="openvino",
+        vocab_size=_vocab_size(model, config, "decoder"),
+        eos_token_ids=end_tokens(metadata.fields),
+        bos_token_id=metadata.fields.get("tokenizer.ggml.bos_token_id"),
+        weights="source",
+        parameters=sum(row["elements"] for row in rows),
+    )
+    return described, report(source, options, rows, checks), graph
+
+
+def save(model: ov.Model, draft: Draft) -> tuple[Rows, BlockGraph]:
+    """Write the model; its precision table and block graph are those of the file as it is read back.
+
+    Raises:
+        BundleError: the disk did not take it.
+    """
+    path = draft.path / "model.xml"
+    try:
+        ov.save_model(model, path, compress_to_fp16=False)
+        written = ov.Core().read_model(path)
+    except RuntimeError as error:
+        raise BundleError(f"model.xml and model.bin: cannot be written: {_last_line(error)}") from error
+    return precision_table(written), annotate(written)
+
+
+def report(source: Source, options: Options, precisions: Rows, checks: Rows) -> Report:
+    """The bundle's report."""
+    packages = [*_TOOLS[source.kind]]
+    if source.kind == "huggingface" and options.exporter == "optimum":
+        packages.append("optimum-intel")
+    if options.format == "onnx":
+        packages += ["onnx", "onnxruntime", "onnxscript"]
+    tools = {"edgert": edgert.__version__, **{name: version(name) for name in packages}}
+    return Report(f"{source.kind}: {source.name}", tools, precisions, checks)
+
+
+def samples(options: Options, tokenizer: Tokenizer, vocab_size: int) -> list[dict[str, np.ndarray]]:
+    """Inputs of a canonical decoder from the dataset; raises `UsageError` as `read_samples`."""
+
+    def encode(text: str) -> list[int]:
+        return [token for token in tokenizer.encode(text, add_special_tokens=False).ids if token < vocab_size]
+
+    assert options.dataset is not None
+    kinds = {"input_ids": np.int64, "attention_mask": np.int64, "position_ids": np.int64, "beam_idx": np.int32}
+    return read_samples(options.dataset, encode, {name: np.dtype(kind) for name, kind in kinds.items()})
+
+
+def _vocab_size(model: ov.Model, config: dict[str, Any], task: Task) -> int:
+    width = model.outputs[0].get_partial_shape()[-1]
+    if task == "decoder" and width.is_static:
+        return int(width.get_length())
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise ConversionError(f"vocab_size is {size!r} in config.json, expected a positive number")
+    return size
+
+
+def _is_compressed(model: ov.Model) -> bool:
+    return any(row["precision"] not in {"f32", "f16", "bf16"} for row in precision_table(model))
+
+
+def _check_torchvision() -> None:
+    """transformers imports torchvision where there is one, and fails in a misleading way if that does not load."""
+    if find_spec("torchvision") is None:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:  # RuntimeError: operator torchvision::nms does not exist
+        raise MissingDependencyError(
+            f"torchvision does not load beside this torch ({_last_line(error)}); edgert does not need it: "
+            "pip uninstall torchvision"
+        ) from error
+
+
+def _last_line(error: Exception) -> str:
+    """OpenVINO's messages end with the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

@@ -1,0 +1,253 @@
+"""The gate: a converted model must compute what its source computes, before any compression, or there is no bundle.
+
+Source and conversion see the same random tokens: a prompt longer than any attention window, then single tokens, so that
+the cache, the positions and the mask are exercised the way a session uses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from edgert.errors import ConversionError, ParityError
+
+LIMIT = 1e-3  # f32 round-off of real exports is 1e-7 to 1e-5; a wrong one is off by 1e-2 and more
+PROMPT = 16
+STEPS = 8
+CHUNK = 256  # tokens at once, which bounds the logits in memory
+COMPARED = 32  # last positions that are compared
+
+# Exact arithmetic on OpenVINO's CPU plugin, whose defaults round to bf16, quantize activations and store u8 keys.
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+
+Row = dict[str, Any]
+Tokens = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Decoder = Callable[[Tokens], Floats]
+"""Takes the next tokens [1, query] of one sequence, remembers them, and gives logits [1, query, vocabulary]."""
+Encoder = Callable[[Mapping[str, Tokens]], Floats]
+"""Takes `input_ids`, `attention_mask`, `token_type_ids` [batch, tokens]; gives hidden states [batch, tokens, width]."""
+
+
+def openvino_decoder(model: ov.Model) -> Decoder:
+    """A canonical decoder on the CPU, in f32."""
+    request = ov.Core().compile_model(model, "CPU", EXACT).create_infer_request()
+    past = 0
+
+    def step(ids: Tokens) -> Floats:
+        nonlocal past
+        inputs = decoder_inputs(ids, past)
+        past += ids.shape[1]
+        return np.array(request.infer({**inputs, "beam_idx": np.zeros(1, np.int32)})["logits"])
+
+    return step
+
+
+def openvino_encoder(model: ov.Model) -> Encoder:
+    """A canonical encoder on the CPU, in f32."""
+    compiled = ov.Core().compile_model(model, "CPU", EXACT)
+    names = [port.any_name for port in model.inputs]
+    return lambda inputs: np.array(compiled({name: inputs[name] for name in names})["last_hidden_state"])
+
+
+def torch_decoder(model: Any) -> Decoder:
+    """A causal language model of transformers with its own kind of cache."""
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+
+    def step(ids: Tokens) -> Floats:
+        with torch.no_grad():
+            output = model(input_ids=torch.from_numpy(ids), past_key_values=cache, use_cache=True)
+        logits: Floats = output.logits.float().numpy()
+        return logits
+
+    return step
+
+
+def torch_encoder(model: Any) -> Encoder:
+    """A bare encoder of transformers."""
+    import inspect
+
+    import torch
+
+    accepted = inspect.signature(model.forward).parameters
+
+    def run(inputs: Mapping[str, Tokens]) -> Floats:
+        with torch.no_grad():
+            output = model(**{name: torch.from_numpy(value) for name, value in inputs.items() if name in accepted})
+        hidden: Floats = output.last_hidden_state.float().numpy()
+        return hidden
+
+    return run
+
+
+def onnx_session(path: Path) -> Any:
+    """An onnxruntime session on its CPU provider.
+
+    Raises:
+        ConversionError: onnxruntime does not take the file.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # classes of its C++ module, without a common base
+        raise ConversionError(f"{path.name}: onnxruntime refuses it: {str(error).splitlines()[0]}") from error
+
+
+def onnx_decoder(path: Path, pairs: Mapping[str, str], names: Mapping[str, str]) -> Decoder:
+    """An ONNX decoder in onnxruntime.
+
+    Args:
+        pairs: for each cache input the output that continues it.
+        names: what the file calls `logits` and, where it has them, the canonical inputs.
+    """
+    session = onnx_session(path)
+    ports = {port.name: port for port in session.get_inputs()}
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    cache = {
+        name: np.zeros([1, ports[name].shape[1], 0, ports[name].shape[3]], kinds[ports[name].type]) for name in pairs
+    }
+    past = 0
+
+    def step(ids: Tokens) -> Floats:
+        nonlocal past
+        inputs = {names[name]: value for name, value in decoder_inputs(ids, past).items() if name in names}
+        past += ids.shape[1]
+        first, *presents = session.run([names["logits"], *pairs.values()], {**inputs, **cache})
+        cache.update(zip(pairs, presents, strict=True))
+        return np.asarray(first, np.float32)
+
+    return step
+
+
+def onnx_encoder(path: Path, names: Mapping[str, str]) -> Encoder:
+    """An ONNX encoder in onnxruntime; `names` is what the file calls `last_hidden_state` and the canonical inputs."""
+    session = onnx_session(path)
+    output = names["last_hidden_state"]
+
+    def run(inputs: Mapping[str, Tokens]) -> Floats:
+        values = {names[name]: value for name, value in inputs.items() if name in names}
+        return np.asarray(session.run([output], values)[0], np.float32)
+
+    return run
+
+
+def decoder_inputs(ids: Tokens, past: int) -> dict[str, Tokens]:
+    """The canonical inputs, but for beam_idx, of `ids` [1, query] after `past` tokens."""
+    end = past + ids.shape[1]
+    positions = np.arange(past, end, dtype=np.int64)[None]
+    return {"input_ids": ids, "attention_mask": np.ones((1, end), np.int64), "position_ids": positions}
+
+
+def check_decoder(
+    candidate: Decoder, reference: Decoder, *, vocab_size: int, window: int | None, against: str, limit: float = LIMIT
+) -> Row:
+    """Compare prefill and `STEPS` single-token steps; both decoders must be new.
+
+    Args:
+        vocab_size: tokens are drawn below it.
+        window: the sliding attention window in tokens, which the prompt then exceeds.
+        against: what `reference` is, for the report.
+
+    Returns:
+        a row of `edgert.bundle.Report.checks`.
+
+    Raises:
+        ParityError: max |a - b| / max |b| is above `limit`, or not a number.
+    """
+    prompt = max(PROMPT, (window or 0) + PROMPT // 2)
+    ids = _tokens((1, prompt + STEPS), vocab_size)
+    chunks = [min(CHUNK, prompt - start) for start in range(0, prompt, CHUNK)] + [1] * STEPS
+    name = f"logits of a prefill of {prompt} tokens and {STEPS} decode steps"
+    return _row(name, _run(candidate, ids, chunks), _run(reference, ids, chunks), against, limit)
+
+
+def check_states(new: Callable[[], Decoder], *, vocab_size: int, limit: float = LIMIT) -> Row:
+    """Where there is no second implementation to compare with: token by token against all at once.
+
+    This shows that caches, positions and mask are wired rightly, not that the weights are.
+
+    Raises:
+        ParityError: as `check_decoder`.
+    """
+    ids = _tokens((1, PROMPT + STEPS), vocab_size)
+    stepwise = _run(new(), ids, [PROMPT] + [1] * STEPS)
+    return _row(
+        "logits step by step", stepwise, _run(new(), ids, [PROMPT + STEPS]), "the same model in one pass", limit
+    )
+
+
+def check_encoder(
+    candidate: Encoder, reference: Encoder, *, vocab_size: int, against: str, limit: float = LIMIT
+) -> Row:
+    """Compare hidden states of two sequences, one of them padded to half.
+
+    Raises:
+        ParityError: as `check_decoder`.
+    """
+    shape = (2, PROMPT)
+    mask = np.ones(shape, np.int64)
+    mask[1, PROMPT // 2 :] = 0
+    inputs = {
+        "input_ids": _tokens(shape, vocab_size),
+        "attention_mask": mask,
+        "token_type_ids": np.zeros(shape, np.int64),
+    }
+    real = mask.astype(bool)
+    return _row("hidden states, with padding", candidate(inputs)[real], reference(inputs)[real], against, limit)
+
+
+def transformers_name() -> str:
+    """What to call transformers as the other side of a check."""
+    return f"transformers {version('transformers')} in f32"
+
+
+def attention_window(config: Mapping[str, Any]) -> int | None:
+    """The sliding window in a config.json, in tokens; None where no layer has one or none is ever reached."""
+    text = {**config, **(config.get("text_config") or {})}
+    window, context = text.get("sliding_window"), text.get("max_position_embeddings")
+    if not window or "sliding_attention" not in (text.get("layer_types") or ["sliding_attention"]):
+        return None
+    return None if context and window + PROMPT + STEPS > context else int(window)
+
+
+def _tokens(shape: tuple[int, int], vocab_size: int) -> Tokens:
+    return np.random.default_rng(0).integers(0, vocab_size, shape, dtype=np.int64)
+
+
+def _run(decoder: Decoder, ids: Tokens, chunks: list[int]) -> Floats:
+    """Feed `ids` in `chunks`; logits of the last `COMPARED` positions."""
+    kept: list[Floats] = []
+    start = 0
+    for chunk in chunks:
+        logits = decoder(ids[:, start : start + chunk])
+        start += chunk
+        first = max(0, ids.shape[1] - COMPARED - (start - chunk))
+        kept.append(logits[0, first:])
+    return np.concatenate(kept)
+
+
+def _row(name: str, found: Floats, expected: Floats, against: str, limit: float) -> Row:
+    if found.shape != expected.shape:
+        raise ParityError(
+            f"{name}: shape {found.shape}, {against} gives {expected.shape}", relative_error=float("inf"), limit=limit
+        )
+    error = float(np.max(np.abs(found - expected)) / np.max(np.abs(expected)))
+    if not error <= limit:  # also for NaN
+        raise ParityError(
+            f"{name}: relative error {error:.2e} against {against}, at most {limit:.0e} allowed; no bundle is written",
+            relative_error=error,
+            limit=limit,
+        )
+    return {"check": name, "relative_error": error, "limit": limit, "against": against}
