@@ -28,9 +28,18 @@ from tokenizers import Tokenizer
 
 import edgert
 from edgert.bundle import Bundle, Draft, ModelFacts, Report, create
-from edgert.errors import BundleError, ConversionError, MissingDependencyError, UsageError
+from edgert.errors import (
+    BundleError,
+    ConversionError,
+    MissingDependencyError,
+    ParityError,
+    PlanError,
+    UsageError,
+    cause,
+)
 from edgert.graph import BlockGraph
-from edgert.partition import annotate
+from edgert.irgraph import make_names_unique
+from edgert.partition import annotate, whole
 
 Progress = Callable[[str], None]
 Rows = list[dict[str, Any]]
@@ -106,7 +115,7 @@ def _build_openvino(
                 samples=chosen,
             )
     progress("write")
-    rows, graph = save(model, draft)
+    rows, graph = save(model, draft, checks, vocab_size)
     parameters = sum(row["elements"] for row in rows)
     described = describe(source, config, options, task, "openvino", vocab_size, tokenizer, draft, weights, parameters)
     return described, report(source, options, rows, checks), graph
@@ -165,7 +174,7 @@ def _convert_ir(path: Path, progress: Progress) -> tuple[ov.Model, Task, Rows]:
     try:
         model = ov.Core().read_model(path)
     except RuntimeError as error:
-        raise ConversionError(f"{path}: OpenVINO cannot read it: {_last_line(error)}") from error
+        raise ConversionError(f"{path}: OpenVINO cannot read it: {cause(error)}") from error
     progress("check")
     if any(DECODER_OUTPUT in port.get_names() for port in model.outputs):
         canonical_decoder(model)
@@ -187,13 +196,14 @@ def _build_gguf(
     config = metadata.config()
     model, checks = gguf_source.convert(metadata, progress)
     progress("write")
-    rows, graph = save(model, draft)
+    vocab_size = _vocab_size(model, config, "decoder")
+    rows, graph = save(model, draft, checks, vocab_size)
     described = facts(
         config,
         name=options.name or source.name,
         task="decoder",
         format="openvino",
-        vocab_size=_vocab_size(model, config, "decoder"),
+        vocab_size=vocab_size,
         eos_token_ids=end_tokens(metadata.fields),
         bos_token_id=metadata.fields.get("tokenizer.ggml.bos_token_id"),
         weights="source",
@@ -202,19 +212,29 @@ def _build_gguf(
     return described, report(source, options, rows, checks), graph
 
 
-def save(model: ov.Model, draft: Draft) -> tuple[Rows, BlockGraph]:
+def save(model: ov.Model, draft: Draft, checks: Rows, vocab_size: int) -> tuple[Rows, BlockGraph]:
     """Write the model; its precision table and block graph are those of the file as it is read back.
+
+    The check of the block graph is added to `checks`. A model that says something else when it is cut stays whole.
 
     Raises:
         BundleError: the disk did not take it.
     """
     path = draft.path / "model.xml"
+    make_names_unique(model)
     try:
         ov.save_model(model, path, compress_to_fp16=False)
         written = ov.Core().read_model(path)
     except RuntimeError as error:
-        raise BundleError(f"model.xml and model.bin: cannot be written: {_last_line(error)}") from error
-    return precision_table(written), annotate(written)
+        raise BundleError(f"model.xml and model.bin: cannot be written: {cause(error)}") from error
+    graph = annotate(written)
+    if len(graph.blocks) > 1:
+        task = "decoder" if DECODER_OUTPUT in written.outputs[0].get_names() else "encoder"
+        try:
+            checks.append(quality.check_cut(path, graph, task=task, vocab_size=vocab_size))
+        except (ParityError, PlanError, RuntimeError) as error:
+            graph = whole(written, f"it cannot be cut: {cause(error)}")
+    return precision_table(written), graph
 
 
 def report(source: Source, options: Options, precisions: Rows, checks: Rows) -> Report:
@@ -261,12 +281,6 @@ def _check_torchvision() -> None:
         import torchvision  # noqa: F401
     except Exception as error:  # RuntimeError: operator torchvision::nms does not exist
         raise MissingDependencyError(
-            f"torchvision does not load beside this torch ({_last_line(error)}); edgert does not need it: "
+            f"torchvision does not load beside this torch ({cause(error)}); edgert does not need it: "
             "pip uninstall torchvision"
         ) from error
-
-
-def _last_line(error: Exception) -> str:
-    """OpenVINO's messages end with the cause."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__

@@ -16,8 +16,11 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from edgert.errors import ConversionError, ParityError
+from edgert.graph import BlockGraph
+from edgert.partition import cut
 
 LIMIT = 1e-3  # f32 round-off of real exports is 1e-7 to 1e-5; a wrong one is off by 1e-2 and more
+CUT_LIMIT = 1e-5  # the same arithmetic in the same order: what differs is a mistake
 PROMPT = 16
 STEPS = 8
 CHUNK = 256  # tokens at once, which bounds the logits in memory
@@ -173,6 +176,51 @@ def check_decoder(
     return _row(name, _run(candidate, ids, chunks), _run(reference, ids, chunks), against, limit)
 
 
+def check_cut(path: Path, graph: BlockGraph, *, task: str, vocab_size: int) -> Row:
+    """Compare the model cut at every boundary of its block graph with the uncut one.
+
+    Raises:
+        ParityError, PlanError: it cannot be cut there without changing what it says.
+    """
+    core = ov.Core()
+    name, against = "cut at every boundary", "the uncut model"
+    boundaries = [(block.index, block.index) for block in graph.blocks]
+    if task == "encoder":
+        inputs = _padded(vocab_size)
+        real = inputs["attention_mask"].astype(bool)
+        expected = openvino_encoder(core.read_model(path))(inputs)[real]
+        chain = _chain(cut(core.read_model(path), graph, boundaries))
+        return _row(name, chain(dict(inputs))[real], expected, against, CUT_LIMIT)
+    ids, chunks = _tokens((1, PROMPT + STEPS), vocab_size), [PROMPT] + [1] * STEPS
+    expected = _run(openvino_decoder(core.read_model(path)), ids, chunks)
+    chain = _chain(cut(core.read_model(path), graph, boundaries))
+    past = 0
+
+    def step(tokens: Tokens) -> Floats:
+        nonlocal past
+        inputs = decoder_inputs(tokens, past)
+        past += tokens.shape[1]
+        return chain({**inputs, "beam_idx": np.zeros(1, np.int32)})
+
+    return _row(name, _run(step, ids, chunks), expected, against, CUT_LIMIT)
+
+
+def _chain(submodels: list[ov.Model]) -> Callable[[dict[str, Any]], Floats]:
+    """Submodels one after the other, each output an input of later ones; gives the last one's first output."""
+    core = ov.Core()
+    requests = [core.compile_model(submodel, "CPU", EXACT).create_infer_request() for submodel in submodels]
+
+    def run(values: dict[str, Any]) -> Floats:
+        for request in requests:
+            names = [port.any_name for port in request.model_inputs]
+            results = request.infer({name: values[name] for name in names})
+            values |= {port.any_name: array for port, array in results.items()}
+        last: Floats = values[requests[-1].model_outputs[0].any_name]
+        return last
+
+    return run
+
+
 def check_states(new: Callable[[], Decoder], *, vocab_size: int, limit: float = LIMIT) -> Row:
     """Where there is no second implementation to compare with: token by token against all at once.
 
@@ -196,15 +244,8 @@ def check_encoder(
     Raises:
         ParityError: as `check_decoder`.
     """
-    shape = (2, PROMPT)
-    mask = np.ones(shape, np.int64)
-    mask[1, PROMPT // 2 :] = 0
-    inputs = {
-        "input_ids": _tokens(shape, vocab_size),
-        "attention_mask": mask,
-        "token_type_ids": np.zeros(shape, np.int64),
-    }
-    real = mask.astype(bool)
+    inputs = _padded(vocab_size)
+    real = inputs["attention_mask"].astype(bool)
     return _row("hidden states, with padding", candidate(inputs)[real], reference(inputs)[real], against, limit)
 
 
@@ -220,6 +261,18 @@ def attention_window(config: Mapping[str, Any]) -> int | None:
     if not window or "sliding_attention" not in (text.get("layer_types") or ["sliding_attention"]):
         return None
     return None if context and window + PROMPT + STEPS > context else int(window)
+
+
+def _padded(vocab_size: int) -> dict[str, Tokens]:
+    """Inputs of an encoder: two sequences, one of them padded to half."""
+    shape = (2, PROMPT)
+    mask = np.ones(shape, np.int64)
+    mask[1, PROMPT // 2 :] = 0
+    return {
+        "input_ids": _tokens(shape, vocab_size),
+        "attention_mask": mask,
+        "token_type_ids": np.zeros(shape, np.int64),
+    }
 
 
 def _tokens(shape: tuple[int, int], vocab_size: int) -> Tokens:

@@ -103,7 +103,11 @@ class Bundle:
             BundleVersionError: the format is newer than this edgert.
         """
         root = Path(path)
-        if not root.is_dir():
+        try:
+            found = root.is_dir()
+        except OSError as error:  # a name that is too long, a folder that may not be looked into
+            raise BundleError(f"bundle {root}: {error.strerror}") from error
+        if not found:
             raise BundleError(f"bundle {root}: no such folder")
         manifest = _read_json(root, MANIFEST)
         version = manifest.get("format_version")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from edgert.backends import info_of, require
-from edgert.backends.base import Array, Compiled
+from edgert.backends.base import Array, Compiled, Tensor, as_array
 from edgert.bundle import Bundle
 from edgert.device import DeviceKind
 from edgert.errors import BundleError, PlanError, cause
@@ -19,9 +19,7 @@ from edgert.kvcache import trim
 from edgert.placement import Placement, Plan
 
 # What `SequenceRun.forward` can give to a submodel.
-INPUTS = frozenset(
-    {"input_ids", "attention_mask", "position_ids", "token_type_ids", "beam_idx", "logits_to_keep", "hidden"}
-)
+INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids", "beam_idx", "logits_to_keep"})
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,7 @@ class SequenceRun:
         self._runners = [stage.compiled.runner() for stage in executor.stages]
         self._slices = executor.stages[-1].compiled.inputs >= {"logits_to_keep"}
         self._trimmable = executor.trimmable
+        self._decode = _token_inputs(1, 1)
         self.past = 0
         self.infer_us = 0.0
 
@@ -97,22 +96,21 @@ class SequenceRun:
         Returns:
             `[keep, vocab]` logits (decoder) or `[keep, hidden]` states (encoder), f32, valid until the next call.
         """
-        count = len(tokens)
-        total = self.past + count
-        inputs: dict[str, Array] = {
-            "input_ids": np.array([tokens], np.int64),
-            "attention_mask": np.ones((1, total), np.int64),
-            "position_ids": np.arange(self.past, total, dtype=np.int64)[None],
-            "token_type_ids": np.zeros((1, count), np.int64),
-            "beam_idx": np.zeros(1, np.int32),
-            "logits_to_keep": np.array([keep], np.int64),
-        }
+        count, total = len(tokens), self.past + len(tokens)
+        decode = count == 1 and keep == 1
+        inputs = {**self._decode} if decode else _token_inputs(count, keep)
+        as_array(inputs["input_ids"])[0] = tokens
+        inputs["attention_mask"] = np.ones((1, total), np.int64)
+        inputs["position_ids"] = np.arange(self.past, total, dtype=np.int64)[None]
         start = time.perf_counter_ns()
         for runner in self._runners:
-            output = runner.infer(inputs)
-            inputs["hidden"] = output
+            outputs = runner.infer(inputs)
+            inputs.update(outputs)
         self.infer_us = (time.perf_counter_ns() - start) / 1000
         self.past = total
+        if decode:  # as the devices' own tensors, so that what does not change need not be set again
+            self._decode = {name: inputs[name] for name in self._decode}
+        output = as_array(next(iter(outputs.values())))
         return output[0] if self._slices else output[0, -keep:]
 
     def rewind(self, length: int) -> None:
@@ -131,6 +129,16 @@ class SequenceRun:
         self.past = 0
 
 
+def _token_inputs(count: int, keep: int) -> dict[str, Tensor]:
+    """The inputs that depend on the number of new tokens alone; `input_ids` is to be filled in."""
+    return {
+        "input_ids": np.zeros((1, count), np.int64),
+        "token_type_ids": np.zeros((1, count), np.int64),
+        "beam_idx": np.zeros(1, np.int32),
+        "logits_to_keep": np.array([keep], np.int64),
+    }
+
+
 def _compile(path: Path, graph: BlockGraph | None, plan: Plan) -> list[Stage]:
     # OpenVINO is imported here, not above: ONNX bundles run without touching it.
     from edgert.backends.openvino import core
@@ -146,6 +154,7 @@ def _compile(path: Path, graph: BlockGraph | None, plan: Plan) -> list[Stage]:
         keep_last_logits(model, graph)
         submodels = cut(model, graph, [(p.first, p.last) for p in plan.placements])
         needed = {name for submodel in submodels for port in submodel.inputs for name in port.get_names()}
+        needed -= {name for submodel in submodels for port in submodel.outputs for name in port.get_names()}
     except RuntimeError as error:  # OpenVINO's only class of errors
         raise BundleError(f"bundle {path.parent}: {path.name} cannot be read: {cause(error)}") from error
     if unknown := sorted(needed - INPUTS):

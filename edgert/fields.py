@@ -71,7 +71,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     elif kind is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
-    elif is_dataclass(kind):
+    elif isinstance(kind, type) and is_dataclass(kind):
         return build(kind, value, where)
     elif isinstance(value, kind):
         return value

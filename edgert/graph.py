@@ -9,6 +9,8 @@ from typing import Any
 from edgert.errors import BundleError
 from edgert.fields import build
 
+BOUNDARY = "hidden"  # name of the residual stream as output of one submodel and input of the next
+
 
 class BlockKind(StrEnum):
     """What a block does, judged by what is inside it (see `edgert.partition`)."""

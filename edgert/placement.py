@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from edgert.device import DeviceConfig
 from edgert.errors import PlanError
+from edgert.fields import build
 from edgert.graph import BlockGraph, BlockKind
 
 
@@ -105,24 +107,26 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """Rebuild a plan from `to_json`; raises `PlanError` where a field is missing or of the wrong kind."""
+        """Rebuild a plan from `to_json`.
+
+        Raises:
+            PlanError: a field is missing, unknown or of the wrong kind.
+            UnknownDeviceError: a configuration is not of the form DEVICE@VARIANT.
+        """
         try:
-            placements = tuple(
-                Placement(int(p["first"]), int(p["last"]), DeviceConfig.parse(p["config"])) for p in data["placements"]
-            )
-            return cls(placements, str(data["rationale"]), tuple(map(str, data.get("warnings", ()))))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"plan: {error!r}") from error
+            file = build(_File, data, "plan")
+        except (ValueError, RecursionError) as error:
+            raise PlanError(str(error)) from error
+        placements = tuple(Placement(r.first, r.last, DeviceConfig.parse(r.config)) for r in file.placements)
+        return cls(placements, file.rationale, file.warnings)
 
     @classmethod
     def read(cls, path: Path) -> Plan:
         """Read a plan from a JSON file; raises `PlanError` where it is missing or no plan."""
         try:
             data = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"plan {path}: {error}") from error
-        if not isinstance(data, dict):
-            raise PlanError(f"plan {path}: holds a {type(data).__name__}, expected an object")
         return cls.from_json(data)
 
     def explain(self) -> str:
@@ -135,13 +139,28 @@ class Plan:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _Row:
+    first: int
+    last: int
+    config: str
+
+
+@dataclass(frozen=True)
+class _File:
+    """`Plan.to_json`, as it stands in a file."""
+
+    placements: tuple[_Row, ...]
+    rationale: str
+    warnings: tuple[str, ...] = ()
+
+
 def _select(graph: BlockGraph, selector: str) -> list[int]:
     if selector == "*":
         return [b.index for b in graph.blocks]
     if selector in {str(kind) for kind in BlockKind}:
         return [b.index for b in graph.blocks if b.kind == selector]
-    low, dash, high = selector.partition("-")
-    if low.isdigit() and (not dash or high.isdigit()):
-        last = int(high) if dash else int(low)
-        return [i for i in range(int(low), last + 1) if last < len(graph.blocks)]
+    if match := re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", selector):
+        first, last = int(match[1]), int(match[2] or match[1])
+        return list(range(first, last + 1)) if last < len(graph.blocks) else []
     return [b.index for b in graph.blocks if b.name == selector]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from edgert.bundle import Bundle
 from edgert.cli import VERBS, main
 from edgert.placement import Plan
 
@@ -84,13 +88,19 @@ def test_run_reads_standard_input(
     assert json.loads(out)["timings"]["new_tokens"] == 4
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert run(capsys, "run", str(demo_path))[0] == 2
+    for stdin, message in ((None, "closed"), (io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8"), "not utf-8 text")):
+        monkeypatch.setattr("sys.stdin", stdin)
+        code, _, err = run(capsys, "run", str(demo_path))
+        assert code == 2
+        assert message in err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_conversation(capsys: pytest.CaptureFixture[str], demo_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     lines = iter(["Good evening, sir.", "And then?", ""])
     monkeypatch.setattr("sys.stdin", Terminal())
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
@@ -98,6 +108,107 @@ def test_conversation(capsys: pytest.CaptureFixture[str], demo_path: Path, monke
     assert code == 0
     assert err.count("new") == 2
     assert "(0 from cache)" in err.splitlines()[0]
+    code, _, err = run(capsys, "run", str(demo_path), "--json")
+    assert code == 2
+    assert "--json" in err
+
+
+@pytest.mark.parametrize("config", ["GPU.99@f16", "CPU@nonsense"])
+def test_plan_warns_of_a_device_that_is_not_here(
+    capsys: pytest.CaptureFixture[str], demo_path: Path, tmp_path: Path, config: str
+) -> None:
+    saved = str(tmp_path / "p.json")
+    code, out, _ = run(capsys, "plan", str(demo_path), "--device", config, "--save", saved)
+    assert code == 0
+    assert f"warning: when this plan was made: device {config} is not available" in " ".join(out.split())
+    for _ in range(2):  # once each, however often the plan is read and saved
+        code, out, _ = run(capsys, "plan", str(demo_path), "--plan", saved, "--save", saved, "--json")
+        assert code == 0
+        assert len(json.loads(out)["warnings"]) == 1
+    assert run(capsys, "plan", str(demo_path), "--device", "CPU@f32", "--json")[1].count('"warnings": []') == 1
+
+
+def test_run_shows_the_warnings_of_a_plan(capsys: pytest.CaptureFixture[str], demo_path: Path, tmp_path: Path) -> None:
+    plan = {
+        "placements": [{"first": 0, "last": 9, "config": "CPU@f32"}],
+        "rationale": "test",
+        "warnings": ["[/b] careful"],
+    }
+    (tmp_path / "p.json").write_text(json.dumps(plan))
+    code, _, err = run(capsys, "run", str(demo_path), "It", "--max-tokens", "1", "--plan", str(tmp_path / "p.json"))
+    assert code == 0
+    assert "edgert: warning: [/b] careful\n" in err
+
+
+def test_no_graph_to_plan(capsys: pytest.CaptureFixture[str], fake_bundle: Callable[..., Path]) -> None:
+    path = fake_bundle()
+    code, _, err = run(capsys, "plan", str(path))
+    assert code == 2
+    assert "has no block graph" in err
+    (path / "model.xml").rename(path / "model.onnx")
+    manifest = path / "manifest.json"
+    text = manifest.read_text("utf-8").replace("model.xml", "model.onnx")
+    manifest.write_text(text.replace('"format": "openvino"', '"format": "onnx"'), "utf-8")
+    code, _, err = run(capsys, "plan", str(path))
+    assert code == 2
+    assert "runs whole on onnxruntime" in err
+
+
+def rename(bundle: Path, name: str) -> None:
+    """Give a bundle's model another name; the manifest itself has no hash."""
+    manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
+    manifest["model"]["name"] = name
+    (bundle / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+
+
+def test_names_and_paths_are_printed_as_they_are(
+    capsys: pytest.CaptureFixture[str], demo_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")  # nothing is wrapped
+    path = tmp_path / "a[" / "b] [bold]m[v2].edge"  # holds the markup `[/b]`, where the separator is a slash
+    shutil.copytree(demo_path, path)
+    rename(path, "[red]m[/b] :cat:")
+    code, out, _ = run(capsys, "inspect", str(path))
+    assert code == 0
+    assert str(path) in out.replace("\n", "")  # a title is as wide as its table
+    assert "[red]m[/b] :cat:" in out
+    plan = {"placements": [{"first": 0, "last": 9, "config": "CPU@f32"}], "rationale": "[/i]r", "warnings": ["[/b]w"]}
+    (tmp_path / "p.json").write_text(json.dumps(plan))
+    code, out, _ = run(capsys, "plan", str(path), "--plan", str(tmp_path / "p.json"))
+    assert code == 0
+    assert "[red]m[/b] :cat:" in out
+    assert "[/i]r: 1 submodel" in out
+    assert "warning: [/b]w" in out
+
+    def compile(*_: object, progress: Callable[[str], None], **__: object) -> Bundle:
+        progress("reading [/b]")
+        return Bundle.open(path)
+
+    monkeypatch.setattr("edgert.converters.compile", compile)
+    code, out, _ = run(capsys, "compile", "src", "-o", "out")
+    assert code == 0
+    assert "reading [/b]" in out
+    assert f"wrote {path}\n" in out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_output_in_an_encoding_that_lacks_characters(fake_bundle: Callable[..., Path], encoding: str) -> None:
+    name = "Müller → 模型 😀"
+    path = fake_bundle("é模.edge")
+    rename(path, name)
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "500"}
+    outputs = []
+    for more in ([], ["--json"], ["--place", "*=模"]):
+        verb = "plan" if "--place" in more else "inspect"
+        done = subprocess.run(
+            [sys.executable, "-m", "edgert", verb, str(path), *more], capture_output=True, check=False, env=environment
+        )
+        assert b"Traceback" not in done.stderr
+        assert done.returncode == (2 if verb == "plan" else 0)
+        outputs.append((done.stdout + done.stderr).decode(encoding))
+    assert name.encode(encoding, "backslashreplace").decode(encoding) in outputs[0]
+    assert json.loads(outputs[1])["model"]["name"] == name
+    assert "\\u6a21.edge" in outputs[2]
 
 
 @pytest.mark.parametrize(
@@ -114,10 +225,19 @@ def test_conversation(capsys: pytest.CaptureFixture[str], demo_path: Path, monke
         ["run", "DEMO", "x", "--top-p", "7"],
         ["run", "DEMO", "x", "--max-tokens", "-3"],
         ["run", "DEMO", "x", "--max-tokens", "5000"],
+        ["run", "DEMO", "x", "--place", "0-99999999999=CPU"],
+        ["run", "DEMO", "x", "--place", "²=CPU"],
+        ["run", "DEMO", "x", "--system", "Be brief."],
         ["plan", "DEMO", "--svg", "no/such/folder/p.svg"],
+        ["plan", "DEMO", "--save", "/"],
+        ["plan", "DEMO", "--save", ""],
+        ["plan", "DEMO", "--svg", ""],
+        ["plan", "DEMO", "--html", ""],
+        ["plan", "DEMO", "--save", "x" * 250],
+        ["plan", "DEMO", "--plan", ""],
         ["compile", "no-such-model-here", "-o", "OUT"],
     ],
-    ids=lambda a: " ".join(a),
+    ids=lambda a: " ".join(a)[:60],
 )
 def test_errors_are_one_line(
     capsys: pytest.CaptureFixture[str], demo_path: Path, tmp_path: Path, arguments: list[str]
@@ -160,6 +280,31 @@ def test_interrupt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     code, _, err = run(capsys, "devices")
     assert code == 130
     assert err == "edgert: interrupted\n"
+
+
+def test_interrupt_while_the_verb_is_imported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgert.cli.import_module", interrupt)
+    assert run(capsys, "devices") == (130, "", "edgert: interrupted\n")
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert set(VERBS) <= {line[0] for line in lines if len(line) == 2}
+
+
+def test_a_verb_imports_only_its_own_module() -> None:
+    code = (
+        "import sys; from edgert.cli import main; main(['devices', '--json']); print('edgert.session' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_as_a_program(demo_path: Path) -> None:

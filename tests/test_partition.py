@@ -8,8 +8,7 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
-from edgert.converters.huggingface import export_decoder, export_encoder
-from tiny_models import FAMILIES, tiny
+from tiny_models import FAMILIES, exported, tiny
 
 from edgert import bundle as bundles
 from edgert.bundle import Bundle
@@ -37,10 +36,9 @@ class Case:
     """A tiny model with its bundle and its logits for `TOTAL` random tokens, `[TOTAL, vocab]`."""
 
     def __init__(self, family: str, folder: Path) -> None:
-        source = tiny(family)
+        source, converted = exported(family)
         self.family = family
         self.encoder = family == "bert"
-        exported = (export_encoder if self.encoder else export_decoder)(source)
         vocab = source.config.vocab_size
         facts = bundles.ModelFacts(
             name=family, task="encoder" if self.encoder else "decoder", format="openvino", architecture=family,
@@ -49,7 +47,7 @@ class Case:
             parameters=source.num_parameters(),
         )  # fmt: skip
         with bundles.create(folder / "tiny.edge") as draft:
-            ov.save_model(exported, draft.path / "model.xml", compress_to_fp16=False)
+            ov.save_model(converted, draft.path / "model.xml", compress_to_fp16=False)
             self.graph = annotate(ov.Core().read_model(draft.path / "model.xml"))
             draft.finish(facts, bundles.Report(f"test: {family}", {}), self.graph)
         self.bundle = Bundle.open(folder / "tiny.edge")

@@ -55,6 +55,13 @@ def test_explicit_rules(rules: str, expected: list[DeviceConfig]) -> None:
         ("attention.7=CPU", "matches no block"),
         ("2-9=CPU", "matches no block"),
         ("9=CPU", "matches no block"),
+        ("3-2=CPU", "matches no block"),
+        ("0-99999999999=CPU", "matches no block"),
+        ("0-999999=CPU", "matches no block"),
+        ("²=CPU", "matches no block"),
+        ("1-²=CPU", "matches no block"),
+        ("٣=CPU", "matches no block"),
+        (f"{'1' * 5000}=CPU", "matches no block"),
     ],
 )
 def test_bad_rules(rules: str, message: str) -> None:
@@ -83,6 +90,42 @@ def test_json_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"placements": 3, "rationale": ""}', '{"placements": [{}]}'])
 def test_damaged_plan_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(PlanError, match="plan"):
+        Plan.read(tmp_path / "plan.json")
+
+
+def with_first(first: str) -> str:
+    row = f'{{"first": {first}, "last": 5, "config": "CPU@f32"}}'
+    return f'{{"placements": [{row}], "rationale": "by hand"}}'
+
+
+def test_the_plan_that_the_next_tests_damage() -> None:
+    assert Plan.from_json(json.loads(with_first("0"))) == Plan((Placement(0, 5, B),), "by hand")
+
+
+@pytest.mark.parametrize("first", ["NaN", "1e999", '"x"', '"0"', "0.9", "0.0", "true", "null", "[]", "9" * 30])
+def test_block_numbers_are_whole_numbers(tmp_path: Path, first: str) -> None:
+    (tmp_path / "plan.json").write_text(with_first(first))
+    with pytest.raises(PlanError, match="first"):
+        Plan.read(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        with_first("9" * 5000),
+        with_first("[" * 200_000 + "]" * 200_000),
+        with_first("[" * 900 + "]" * 900),
+        with_first("0").replace('"rationale"', '"warnings": "abc", "rationale"'),
+        with_first("0").replace('"rationale"', '"warnings": [1], "rationale"'),
+        with_first("0").replace('"by hand"', "3"),
+        with_first("0").replace('"CPU@f32"', "3"),
+        with_first("0").replace('"first"', '"fist"'),
+    ],
+    ids=["5000 digits", "200k deep", "900 deep", "warnings text", "warnings number", "rationale", "config", "unknown"],
+)
+def test_plan_files_that_lie(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(PlanError, match="plan"):
         Plan.read(tmp_path / "plan.json")

@@ -89,9 +89,13 @@ def tiny(family: str, seed: int = 0) -> PreTrainedModel:
         del settings["intermediate_size"], settings["max_position_embeddings"]
     config = getattr(transformers, kind)(**settings)
     torch.manual_seed(seed)
-    if family == "bert":
-        return transformers.AutoModel.from_config(config, dtype=torch.float32).eval()
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    auto = transformers.AutoModel if family == "bert" else transformers.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():  # biases begin at 0 and norms at 1, where a wrong export of them would not show
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 @cache

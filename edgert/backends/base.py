@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from edgert.device import DeviceConfig, DeviceInfo
@@ -15,19 +16,28 @@ if TYPE_CHECKING:
     import openvino as ov
 
 Array = NDArray[Any]
+Tensor = Any
+"""An array, or what a runner of some backend gave; `as_array` makes an array of either without a copy."""
+
+
+def as_array(tensor: Tensor) -> Array:
+    """The array that a tensor is a view of."""
+    array: Array = tensor if isinstance(tensor, np.ndarray) else tensor.data
+    return array
 
 
 class Runner(Protocol):
     """One independent run of a compiled submodel: its own buffers and its own states. Not for two threads at once."""
 
-    def infer(self, inputs: Mapping[str, Array]) -> Array:
+    def infer(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run once.
 
         Args:
-            inputs: by input name, at least those in `Compiled.inputs`; others are ignored.
+            inputs: by input name, at least those in `Compiled.inputs`; others are ignored. A runner may put its own
+                kind of tensor in the place of an array, so that the next one need not make it again.
 
         Returns:
-            The first output, valid until the next call: a view of the device's buffer, not a copy.
+            The outputs by name, in the model's order, valid until the next call: the device's buffers, no copies.
 
         Raises:
             DeviceFailedError: the device reported an error.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import openvino as ov
 
-from edgert.backends.base import Array
+from edgert.backends.base import Array, Tensor
 from edgert.device import DEFAULT_VARIANTS, DeviceConfig, DeviceInfo, DeviceKind
 from edgert.errors import DeviceFailedError, cause
 
@@ -51,18 +51,24 @@ class OpenVinoRunner:
     def __init__(self, compiled: ov.CompiledModel, config: DeviceConfig) -> None:
         self._request = compiled.create_infer_request()
         self._inputs = [(port.get_any_name(), port) for port in compiled.inputs]
+        self._bound: dict[str, ov.Tensor] = {}
+        self._outputs = [(port.get_any_name(), port) for port in compiled.outputs]
         self._config = config
 
-    def infer(self, inputs: Mapping[str, Array]) -> Array:
-        request = self._request
-        try:  # the hot path: no context manager
+    def infer(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        request, bound = self._request, self._bound
+        try:
             for name, port in self._inputs:
-                request.set_tensor(port, ov.Tensor(inputs[name], shared_memory=True))
+                tensor = inputs[name]
+                if not isinstance(tensor, ov.Tensor):
+                    tensor = inputs[name] = ov.Tensor(tensor, shared_memory=True)
+                if bound.get(name) is not tensor:  # setting one costs microseconds, and a plan may have many stages
+                    request.set_tensor(port, tensor)
+                    bound[name] = tensor
             request.infer(share_outputs=True)
+            return {name: request.get_tensor(port) for name, port in self._outputs}
         except RuntimeError as error:
             raise DeviceFailedError(f"{self._config} failed: {cause(error)}") from error
-        output: Array = request.get_output_tensor(0).data
-        return output
 
     def read_states(self) -> dict[str, Array]:
         with _failing(self._config):

@@ -6,17 +6,17 @@ f16, as a GPU or NPU does. It lets plans over several devices be tried, and devi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgert.backends.base import Array
+from edgert.backends.base import Tensor, as_array
 from edgert.backends.openvino import BACKEND as OPENVINO
 from edgert.backends.openvino import OpenVinoCompiled, OpenVinoRunner
 from edgert.device import DeviceConfig, DeviceInfo
 from edgert.errors import DeviceFailedError
+from edgert.graph import BOUNDARY
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -35,15 +35,15 @@ class SimulatedRunner:
         self.write_states = runner.write_states
         self.reset = runner.reset
 
-    def infer(self, inputs: Mapping[str, Array]) -> Array:
+    def infer(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._calls_left is not None:
             if self._calls_left == 0:
                 raise DeviceFailedError(f"{self._config} failed: simulated device lost")
             self._calls_left -= 1
         if self._config.variant == "f32":
             return self._runner.infer(inputs)
-        halved = {name: _through_f16(array) for name, array in inputs.items()}
-        return _through_f16(self._runner.infer(halved))
+        outputs = self._runner.infer(_through_f16(inputs))
+        return _through_f16(outputs)
 
 
 class SimulatedCompiled:
@@ -76,8 +76,10 @@ class SimulatedBackend:
         return SimulatedCompiled(OPENVINO.compile(model, DeviceConfig("CPU", "f32")), config, self.fail_after)
 
 
-def _through_f16(array: Array) -> Array:
-    return array.astype(np.float16).astype(array.dtype) if array.dtype == np.float32 else array
+def _through_f16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if BOUNDARY not in tensors:
+        return tensors
+    return {**tensors, BOUNDARY: as_array(tensors[BOUNDARY]).astype(np.float16).astype(np.float32)}
 
 
 BACKEND = SimulatedBackend()

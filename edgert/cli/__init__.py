@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -30,20 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 on success; 2 for a wrong argument or any `EdgertError`, told in one line; 130 after Ctrl-C. Verbs may return
         other codes of their own.
     """
-    parser = argparse.ArgumentParser(
-        "edgert", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--version", action="version", version=f"edgert {__version__}")
-    subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=VerbParser)
-    for verb in VERBS:
-        import_module(f"edgert.cli.{verb}").add_parser(subparsers)
-    options, rest = parser.parse_known_args(arguments)
-    # argparse ends positionals at the first option, so of `run BUNDLE --chat PROMPT` it leaves the prompt over.
-    if len(rest) == 1 and not rest[0].startswith("-") and getattr(options, "prompt", "") is None:
-        options.prompt = rest.pop()
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = argparse.Namespace(debug=False)
     try:
+        _show_everything()
+        _parse(arguments, options)
         return int(options.run(options))
     except EdgertError as error:
         if options.debug:
@@ -58,6 +50,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `edgert … | head` is no error; keep the interpreter from flushing into the closed pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _show_everything() -> None:
+    """Escape what the output's encoding lacks, e.g. Chinese in the cp1252 of a pipe on Windows, rather than fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _parse(arguments: list[str], options: argparse.Namespace) -> None:
+    """Read the arguments into `options`. The module of a verb is imported where no other verb is meant."""
+    parser = argparse.ArgumentParser(
+        "edgert", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"edgert {__version__}")
+    subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=VerbParser)
+    for verb in [v for v in VERBS if v in arguments[:1]] or VERBS:
+        import_module(f"edgert.cli.{verb}").add_parser(subparsers)
+    rest = parser.parse_known_args(arguments, options)[1]
+    # argparse ends positionals at the first option, so of `run BUNDLE --chat PROMPT` it leaves the prompt over.
+    if len(rest) == 1 and not rest[0].startswith("-") and getattr(options, "prompt", "") is None:
+        options.prompt = rest.pop()
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
 
 class VerbParser(argparse.ArgumentParser):

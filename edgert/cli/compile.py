@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from edgert.bundle import Bundle
-from edgert.cli.options import Subparsers, size
+from edgert.cli.options import Subparsers, console, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EPILOG = """\
 SRC is one of
@@ -53,8 +55,9 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     from edgert.converters import compile  # brings torch and nncf
 
-    console = Console()
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bars:
+    out = console()
+    stage_name = TextColumn("{task.description}", markup=False)
+    with Progress(SpinnerColumn(), stage_name, TimeElapsedColumn(), console=out) as bars:
         current: list[Any] = []
 
         def progress(stage: str) -> None:
@@ -77,20 +80,20 @@ def run(options: argparse.Namespace) -> int:
             progress=progress,
         )
         bars.update(current[-1], total=1, completed=1)
-    print_report(console, bundle)
-    console.print(f"wrote {bundle.path}")
+    print_report(out, bundle)
+    out.print(f"wrote {bundle.path}", soft_wrap=True)
     return 0
 
 
-def print_report(console: Console, bundle: Bundle) -> None:
+def print_report(out: Console, bundle: Bundle) -> None:
     """What became which precision, and which checks were passed."""
     table = Table("role", "precision", "tensors", "weights", "size", title="precision")
     for row in bundle.report.precisions:
         cells = (row["role"], row["precision"], row["tensors"], row["elements"], size(row["bytes"]))
         table.add_row(*map(str, cells))
-    console.print(table)
+    out.print(table)
     for check in bundle.report.checks:
-        console.print(
+        out.print(
             f"check {check['check']}: relative error {check['relative_error']:.1e} "
             f"against {check['against']} (limit {check['limit']:.0e})"
         )

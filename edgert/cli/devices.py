@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from edgert.backends import devices
-from edgert.cli.options import Subparsers, print_json
+from edgert.cli.options import Subparsers, console, print_json
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -25,7 +25,9 @@ def run(options: argparse.Namespace) -> int:
         return 0
     table = Table("device", "name", "configurations (default first)", "capabilities")
     for info in found:
-        name = info.full_name + (" [dim](emulated: right results, no speed)[/]" if info.emulated else "")
+        name = Text(info.full_name)
+        if info.emulated:
+            name.append(" (emulated: right results, no speed)", "dim")
         table.add_row(info.name, name, " ".join(map(str, info.configs)), info.details.get("capabilities", ""))
-    Console().print(table)
+    console().print(table)
     return 0

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
 
-from edgert.cli.options import Subparsers, print_json
+from edgert.cli.options import Subparsers, console, print_json
 
 DEVICES_TIMEOUT_S = 60
 COMPILERS = ("c++", "g++", "clang++", "cl")
@@ -167,7 +167,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print(found: Sequence[Check]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -180,7 +179,7 @@ def _print(found: Sequence[Check]) -> None:
         if check.remedy:
             finding.append(f"\n-> {check.remedy}", "cyan")
         table.add_row(marks[check.ok], Text(check.name), finding)
-    Console().print(table)
+    console().print(table)
 
 
 def _requirements() -> list[str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.table import Table
 
 from edgert.bundle import Bundle
 from edgert.cli.compile import print_report
-from edgert.cli.options import Subparsers, print_json, size
+from edgert.cli.options import Subparsers, console, print_json, size
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -28,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
         facts, report = asdict(bundle.facts), asdict(bundle.report)
         print_json({"model": facts, "report": report, "files": bundle.files, "graph": graph})
         return 0
-    console = Console()
+    out = console()
     table = Table("fact", "value", title=str(bundle.path))
     for name, value in {**asdict(bundle.facts), "source": bundle.report.source, **bundle.report.tools}.items():
         table.add_row(name, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
@@ -36,10 +35,10 @@ def run(options: argparse.Namespace) -> int:
         table.add_row(
             "blocks", str(len(bundle.graph.blocks)) + (f" ({bundle.graph.reason})" if bundle.graph.reason else "")
         )
-    console.print(table)
-    print_report(console, bundle)
+    out.print(table)
+    print_report(out, bundle)
     files = Table("file", "size", "sha256", title="files (hashes verified)" if options.verify else "files")
     for name, entry in bundle.files.items():
         files.add_row(name, size(entry["bytes"]), entry["sha256"][:12])
-    console.print(files)
+    out.print(files)
     return 0

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Subparsers = Any  # argparse does not make the type of its subparsers public
 
@@ -31,5 +34,13 @@ def size(count: int) -> str:
     return f"{value:.1f} TB"
 
 
+def console(*, stderr: bool = False) -> Console:
+    """Where verbs write for people. Names and paths may hold `[b]` or `:cat:`, so markup in texts means nothing."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
 def print_json(data: Any) -> None:
-    print(json.dumps(data, indent=1, ensure_ascii=False))
+    """JSON in ASCII, so that it is JSON in whatever encoding the output has."""
+    print(json.dumps(data, indent=1))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from edgert.backends import require
 from edgert.bundle import Bundle
-from edgert.cli.options import Subparsers, add_placement, print_json, size
+from edgert.cli.options import Subparsers, add_placement, console, print_json, size
 from edgert.cli.picture import plan_html, plan_svg
-from edgert.errors import UsageError
+from edgert.errors import BundleError, EdgertError, UsageError
+from edgert.placement import Plan
 from edgert.session import choose_plan
 
 EPILOG = """\
@@ -39,19 +43,22 @@ def run(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle)
     plan = choose_plan(bundle, plan=options.plan, device=options.device, place=options.place)
     graph = bundle.graph
-    if graph is None:
+    if graph is None and bundle.facts.format == "onnx":
         raise UsageError(f"bundle {bundle.path} runs whole on onnxruntime; it has no blocks to show")
+    if graph is None:
+        raise BundleError(f"bundle {bundle.path}: it has no block graph")
     plan.check(graph)
-    if options.save:
-        _write(Path(options.save), json.dumps(plan.to_json(), indent=1) + "\n")
-    if options.svg:
-        _write(Path(options.svg), plan_svg(bundle.facts.name, graph, plan))
-    if options.html:
-        _write(Path(options.html), plan_html(bundle.facts.name, graph, plan))
+    plan = _with_warnings(plan)
+    if options.save is not None:
+        _write(options.save, json.dumps(plan.to_json(), indent=1) + "\n")
+    if options.svg is not None:
+        _write(options.svg, plan_svg(bundle.facts.name, graph, plan))
+    if options.html is not None:
+        _write(options.html, plan_html(bundle.facts.name, graph, plan))
     if options.json:
         print_json(plan.to_json())
         return 0
-    console = Console()
+    out = console()
     table = Table("block", "name", "weights", "MFLOP/token", "KV/token", "runs on", title=bundle.facts.name)
     for number, placement in enumerate(plan.placements):
         for block in graph.blocks[placement.first : placement.last + 1]:
@@ -61,21 +68,36 @@ def run(options: argparse.Namespace) -> int:
             table.add_row(str(block.index), block.name, weights, flops, kv, str(placement.config))
         if number < len(plan.placements) - 1:
             table.add_section()
-    console.print(table)
+    out.print(table)
     submodels = len(plan.placements)
-    console.print(f"{plan.rationale}: {submodels} submodel{'s' if submodels > 1 else ''}")
+    out.print(f"{plan.rationale}: {submodels} submodel{'s' if submodels > 1 else ''}")
     if graph.reason:
-        console.print(f"the model stays in one piece: {graph.reason}")
+        out.print(f"the model stays in one piece: {graph.reason}")
     for warning in plan.warnings:
-        console.print(f"[yellow]warning:[/] {warning}")
+        out.print(Text.assemble(("warning: ", "yellow"), warning))
     return 0
 
 
-def _write(path: Path, text: str) -> None:
+def _with_warnings(plan: Plan) -> Plan:
+    """The plan with a warning for each configuration that this machine lacks: it may be meant for another."""
+    missing = []
+    for config in dict.fromkeys(p.config for p in plan.placements):
+        try:
+            require(config)
+        except EdgertError as error:
+            missing.append(f"when this plan was made: {error}")
+    return replace(plan, warnings=tuple(dict.fromkeys((*plan.warnings, *missing))))
+
+
+def _write(name: str, text: str) -> None:
+    path = Path(name)
+    if not path.name:
+        raise UsageError(f"output {name!r} names no file")
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, "utf-8")
         partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UsageError(f"output {path} cannot be written: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name or a text that is no Unicode
+        with suppress(OSError, ValueError):
+            partial.unlink()
+        raise UsageError(f"output {name!r} cannot be written: {error}") from error

@@ -7,10 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
-
-from edgert.cli.options import Subparsers, add_placement, print_json
-from edgert.errors import EdgertError, EmptyPromptError
+from edgert.cli.options import Subparsers, add_placement, console, print_json
+from edgert.errors import EmptyPromptError, UsageError
 from edgert.session import Model, Piece, Sampling, load
 
 EPILOG = """\
@@ -45,12 +43,14 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    prompt: str | None = options.prompt
-    if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().rstrip("\n")
-        if not prompt:
-            raise EmptyPromptError("prompt: standard input is empty")
+    prompt = _piped() if options.prompt is None else str(options.prompt)
+    if prompt is None and options.json:
+        raise UsageError("--json: a conversation is no JSON object; give a prompt")
+    if prompt is not None and options.system is not None and not options.chat:
+        raise UsageError("--system: a prompt that is continued has no system message; add --chat")
     model = load(options.bundle, plan=options.plan, device=options.device, place=options.place, verify=options.verify)
+    for warning in model.plan.warnings:
+        print(f"edgert: warning: {warning}", file=sys.stderr)
     sampling: Sampling = {
         "temperature": options.temperature,
         "top_k": options.top_k,
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     }
     if options.max_tokens is not None:
         sampling["max_tokens"] = options.max_tokens
-    opening = [{"role": "system", "content": options.system}] if options.system else []
+    opening = [{"role": "system", "content": options.system}] if options.system is not None else []
     if prompt is None:
         return _converse(model, opening, sampling)
     if options.chat:
@@ -74,6 +74,21 @@ def run(options: argparse.Namespace) -> int:
         return 0
     _show(pieces)
     return 0
+
+
+def _piped() -> str | None:
+    """The prompt on standard input; None where that is a terminal."""
+    if sys.stdin is None:
+        raise EmptyPromptError("prompt: none is given and standard input is closed")
+    if sys.stdin.isatty():
+        return None
+    try:
+        prompt = sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"prompt: standard input is not {sys.stdin.encoding} text: {error}") from error
+    if not prompt:
+        raise EmptyPromptError("prompt: standard input is empty")
+    return prompt
 
 
 def _show(pieces: Iterator[Piece]) -> str:
@@ -91,7 +106,7 @@ def _show(pieces: Iterator[Piece]) -> str:
             f"{t.prompt_tokens} prompt tokens ({t.reused_tokens} from cache), {t.new_tokens} new, "
             f"first after {t.ttft_us / 1000:.0f} ms, then {speed}; {last.finish_reason}"
         )
-        Console(stderr=True).print(f"[dim]{note}[/]", highlight=False)
+        console(stderr=True).print(note, style="dim")
     return text
 
 
@@ -124,7 +139,4 @@ def _converse(model: Model, opening: list[dict[str, str]], sampling: Sampling) -
             print()
             messages.pop()
             continue
-        except EdgertError as error:
-            print(f"edgert: error: {error}", file=sys.stderr)
-            return 2
         messages.append({"role": "assistant", "content": answer})
