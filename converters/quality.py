@@ -208,14 +208,20 @@ def check_cut(path: Path, graph: BlockGraph, *, task: str, vocab_size: int) -> R
 def _chain(submodels: list[ov.Model]) -> Callable[[dict[str, Any]], Floats]:
     """Submodels one after the other, each output an input of later ones; gives the last one's first output."""
     core = ov.Core()
-    requests = [core.compile_model(submodel, "CPU", EXACT).create_infer_request() for submodel in submodels]
+    stages = [
+        (
+            core.compile_model(submodel, "CPU", EXACT).create_infer_request(),
+            [port.any_name for port in submodel.outputs],
+        )
+        for submodel in submodels
+    ]
 
     def run(values: dict[str, Any]) -> Floats:
-        for request in requests:
+        for request, outputs in stages:
             names = [port.any_name for port in request.model_inputs]
-            results = request.infer({name: values[name] for name in names})
-            values |= {port.any_name: array for port, array in results.items()}
-        last: Floats = values[requests[-1].model_outputs[0].any_name]
+            results = request.infer({name: values[name] for name in names}).to_tuple()
+            values |= dict(zip(outputs, results, strict=True))
+        last: Floats = results[0]
         return last
 
     return run

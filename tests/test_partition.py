@@ -44,7 +44,7 @@ class Case:
             name=family, task="encoder" if self.encoder else "decoder", format="openvino", architecture=family,
             vocab_size=vocab, hidden_size=source.config.hidden_size, context_length=64,
             num_layers=source.config.num_hidden_layers, eos_token_ids=(), bos_token_id=None, weights="source",
-            parameters=source.num_parameters(),
+            parameters=source.num_parameters(), pooling="mean" if self.encoder else None,
         )  # fmt: skip
         with bundles.create(folder / "tiny.edge") as draft:
             ov.save_model(converted, draft.path / "model.xml", compress_to_fp16=False)

@@ -48,11 +48,11 @@ def core() -> ov.Core:
 class OpenVinoRunner:
     """An infer request. See `edgert.backends.base.Runner`."""
 
-    def __init__(self, compiled: ov.CompiledModel, config: DeviceConfig) -> None:
+    def __init__(self, compiled: ov.CompiledModel, outputs: list[str], config: DeviceConfig) -> None:
         self._request = compiled.create_infer_request()
         self._inputs = [(port.get_any_name(), port) for port in compiled.inputs]
         self._bound: dict[str, ov.Tensor] = {}
-        self._outputs = [(port.get_any_name(), port) for port in compiled.outputs]
+        self._outputs = list(zip(outputs, compiled.outputs, strict=True))
         self._config = config
 
     def infer(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,14 +88,15 @@ class OpenVinoRunner:
 class OpenVinoCompiled:
     """A compiled model. See `edgert.backends.base.Compiled`."""
 
-    def __init__(self, compiled: ov.CompiledModel, config: DeviceConfig) -> None:
+    def __init__(self, compiled: ov.CompiledModel, outputs: list[str], config: DeviceConfig) -> None:
         self._compiled = compiled
+        self._outputs = outputs
         self._config = config
         self.inputs = frozenset(port.get_any_name() for port in compiled.inputs)
 
     def runner(self) -> OpenVinoRunner:
         with _failing(self._config):
-            return OpenVinoRunner(self._compiled, self._config)
+            return OpenVinoRunner(self._compiled, self._outputs, self._config)
 
 
 class OpenVinoBackend:
@@ -107,7 +108,11 @@ class OpenVinoBackend:
     def compile(self, model: ov.Model | Path, config: DeviceConfig) -> OpenVinoCompiled:
         properties = _PROPERTIES[config.kind][config.variant][0]
         try:
-            return OpenVinoCompiled(core().compile_model(model, config.device, properties), config)
+            if isinstance(model, Path):
+                model = core().read_model(model)
+            # Plugins fuse operations and gather their names, so of the compiled model's names any may come first.
+            outputs = [port.get_any_name() for port in model.outputs]
+            return OpenVinoCompiled(core().compile_model(model, config.device, properties), outputs, config)
         except RuntimeError as error:
             raise DeviceFailedError(f"{config} cannot compile the model: {cause(error)}") from error
 

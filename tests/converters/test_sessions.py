@@ -94,3 +94,14 @@ def test_ctrl_c_leaves_nothing(decoder_folder: Path, tmp_path: Path, stage: str)
     with pytest.raises(KeyboardInterrupt):
         edgert.compile(decoder_folder, tmp_path / "out.edge", progress=interrupt)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_says_something_else_when_cut_stays_whole(
+    decoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgert.converters.quality.CUT_LIMIT", -1.0)
+    bundle = edgert.compile(decoder_folder, tmp_path / "out.edge", weights="fp16")
+    assert bundle.graph is not None
+    assert len(bundle.graph.blocks) == 1
+    assert "cut at every boundary: relative error" in str(bundle.graph.reason)
+    assert edgert.load(bundle.path).generate("A bundle", max_tokens=2).tokens
