@@ -15,9 +15,9 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
+from edgert.cutting import cut
 from edgert.errors import ConversionError, ParityError
 from edgert.graph import BlockGraph
-from edgert.partition import cut
 
 LIMIT = 1e-3  # f32 round-off of real exports is 1e-7 to 1e-5; a wrong one is off by 1e-2 and more
 CUT_LIMIT = 1e-5  # the same arithmetic in the same order: what differs is a mistake

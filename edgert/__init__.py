@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from edgert.errors import EdgertError as EdgertError
     from edgert.graph import BlockGraph as BlockGraph
     from edgert.placement import Plan as Plan
+    from edgert.results import Piece as Piece
+    from edgert.results import Result as Result
     from edgert.sampling import SamplingParams as SamplingParams
     from edgert.session import Model as Model
-    from edgert.session import Piece as Piece
-    from edgert.session import Result as Result
     from edgert.session import load as load
 
 __version__ = "0.1.0"
@@ -41,9 +41,9 @@ _PUBLIC = {
     "DeviceInfo": "edgert.device",
     "EdgertError": "edgert.errors",
     "Model": "edgert.session",
-    "Piece": "edgert.session",
+    "Piece": "edgert.results",
     "Plan": "edgert.placement",
-    "Result": "edgert.session",
+    "Result": "edgert.results",
     "SamplingParams": "edgert.sampling",
     "compile": "edgert.converters",
     "devices": "edgert.backends",

@@ -142,8 +142,8 @@ def _token_inputs(count: int, keep: int) -> dict[str, Tensor]:
 def _compile(path: Path, graph: BlockGraph | None, plan: Plan) -> list[Stage]:
     # OpenVINO is imported here, not above: ONNX bundles run without touching it.
     from edgert.backends.openvino import core
+    from edgert.cutting import cut
     from edgert.lowering import keep_last_logits
-    from edgert.partition import cut
 
     if graph is None:
         raise BundleError(f"bundle {path.parent}: it has no block graph")

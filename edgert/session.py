@@ -11,11 +11,10 @@ import asyncio
 import operator
 import os
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +24,11 @@ from edgert.device import DeviceConfig, DeviceKind
 from edgert.errors import ContextOverflowError, EmptyPromptError, UsageError
 from edgert.executor import Executor, SequenceRun
 from edgert.placement import Placement, Plan
+from edgert.results import Clock, FinishReason, Piece, Provenance, Result, collect
 from edgert.sampling import Sampler, SamplingParams
 from edgert.text import StreamDecoder, Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
-FinishReason = Literal["stop", "length", "cancelled"]
 T = TypeVar("T")
 
 
@@ -45,87 +44,6 @@ class Sampling(TypedDict, total=False):
     seed: int | None
     stop: Sequence[str]
     logprobs: int | None
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Where the time of a generation went so far, by the process's clock.
-
-    Attributes:
-        prompt_tokens: tokens of the prompt.
-        reused_tokens: how many of them were still in a KV cache.
-        new_tokens: tokens generated.
-        prefill_us: inside the devices, for the prompt.
-        decode_us: inside the devices, for tokens after the first.
-        host_us: everything else: sampling, decoding to text, bookkeeping.
-        ttft_us: from the call to the first token.
-        provenance: `measured`; `emulated` where a device is, so that these times say nothing of a real one.
-    """
-
-    prompt_tokens: int
-    reused_tokens: int
-    new_tokens: int
-    prefill_us: float
-    decode_us: float
-    host_us: float
-    ttft_us: float
-    provenance: Literal["measured", "emulated"]
-
-    @property
-    def tpot_us(self) -> float | None:
-        """Time per output token after the first; None for fewer than two tokens and for emulated devices."""
-        if self.new_tokens < 2 or self.provenance == "emulated":
-            return None
-        return self.decode_us / (self.new_tokens - 1)
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Decode speed inside the devices; None where `tpot_us` is."""
-        return 1e6 / self.tpot_us if self.tpot_us else None
-
-    def to_json(self) -> dict[str, Any]:
-        speeds = {"tpot_us": self.tpot_us, "tokens_per_second": self.tokens_per_second}
-        return {**self.__dict__, **speeds}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one step of a stream adds.
-
-    Attributes:
-        text: new text, complete characters only; may be empty while a character or a stop string is undecided.
-        token: the token that was generated; None for the closing piece that only flushes text.
-        logprob: natural log of its probability, if `logprobs` was asked for.
-        top: the most likely tokens as (id, logprob), best first, if asked for.
-        timings: of the whole generation up to here.
-        finish_reason: set on the last piece: `stop` (end token or stop string), `length` or `cancelled`.
-    """
-
-    text: str
-    token: int | None
-    logprob: float | None
-    top: tuple[tuple[int, float], ...]
-    timings: Timings
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished generation.
-
-    Attributes:
-        text: the text, without stop string and special tokens.
-        tokens: all generated tokens, the end token included.
-        logprobs: of each token, if asked for.
-        finish_reason: as in `Piece`.
-        timings: as in `Piece`.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    logprobs: tuple[float | None, ...]
-    finish_reason: FinishReason
-    timings: Timings
 
 
 @dataclass(eq=False)
@@ -145,7 +63,7 @@ class Model:
         self.plan = plan
         self.tokenizer = Tokenizer.open(bundle.tokenizer_path)
         self._executor = Executor(bundle, plan)
-        self._provenance: Literal["measured", "emulated"] = "emulated" if self._executor.emulated else "measured"
+        self._provenance: Provenance = "emulated" if self._executor.emulated else "measured"
         self._chunk = prefill_chunk
         self._max_idle = max_idle
         self._idle: list[_Idle] = []
@@ -165,14 +83,14 @@ class Model:
             EmptyPromptError, ContextOverflowError, SamplingError: before any work.
             DeviceFailedError: a device failed.
         """
-        return _collect(self.stream(prompt, cancel=cancel, **sampling))
+        return collect(self.stream(prompt, cancel=cancel, **sampling))
 
     def stream(
         self, prompt: str | Sequence[int], *, cancel: threading.Event | None = None, **sampling: Unpack[Sampling]
     ) -> Iterator[Piece]:
         """Like `generate`, a piece a token. Arguments are checked at once; closing the iterator cancels."""
         self._need("decoder", "generate")
-        clock = _Clock(self._provenance)
+        clock = Clock(self._provenance)
         tokens = self._tokens(prompt)
         params = self._check(tokens, sampling)
         decoder = StreamDecoder(self.tokenizer, params.stop, prompt=tokens)
@@ -193,7 +111,7 @@ class Model:
             ChatTemplateError: the model has no chat template, or it fails.
             Others as `generate`.
         """
-        return _collect(self.stream_chat(messages, tools=tools, cancel=cancel, **sampling))
+        return collect(self.stream_chat(messages, tools=tools, cancel=cancel, **sampling))
 
     def stream_chat(
         self,
@@ -205,7 +123,7 @@ class Model:
     ) -> Iterator[Piece]:
         """Like `chat`, a piece a token."""
         self._need("decoder", "chat")
-        clock = _Clock(self._provenance)
+        clock = Clock(self._provenance)
         tokens = self.tokenizer.encode_chat(messages, tools=tools)
         params = self._check(tokens, sampling)
         clock.checked()
@@ -317,7 +235,7 @@ class Model:
         params: SamplingParams,
         cancel: threading.Event | None,
         decoder: StreamDecoder,
-        clock: _Clock,
+        clock: Clock,
     ) -> Iterator[Piece]:
         cancel = cancel or threading.Event()
         clock.resume()
@@ -389,38 +307,6 @@ class Model:
             del self._idle[: len(self._idle) - self._max_idle]
 
 
-class _Clock:
-    """Adds up what `Timings` reports. The consumer's own time, between `pause` and `resume`, is not counted."""
-
-    def __init__(self, provenance: Literal["measured", "emulated"]) -> None:
-        self.prompt_tokens = self.reused = self.new_tokens = 0
-        self.prefill_us = self.decode_us = self._ttft_us = self._before_us = 0.0
-        self._provenance = provenance
-        self._since = time.perf_counter_ns()
-
-    def checked(self) -> None:
-        """Stop between the check of the arguments and the first step."""
-        self._before_us += (time.perf_counter_ns() - self._since) / 1000
-
-    def pause(self) -> Timings:
-        self._before_us += (time.perf_counter_ns() - self._since) / 1000
-        if self.new_tokens == 1:
-            self._ttft_us = self._before_us
-        return Timings(
-            prompt_tokens=self.prompt_tokens,
-            reused_tokens=self.reused,
-            new_tokens=self.new_tokens,
-            prefill_us=self.prefill_us,
-            decode_us=self.decode_us,
-            host_us=self._before_us - self.prefill_us - self.decode_us,
-            ttft_us=self._ttft_us,
-            provenance=self._provenance,
-        )
-
-    def resume(self) -> None:
-        self._since = time.perf_counter_ns()
-
-
 def load(
     path: str | os.PathLike[str],
     *,
@@ -479,20 +365,6 @@ def choose_plan(
         device = str(default)
     config = device if isinstance(device, DeviceConfig) else DeviceConfig.parse(str(device))
     return Plan.single(graph, config) if graph else Plan((Placement(0, 0, config),), f"single device {config}")
-
-
-def _collect(pieces: Iterator[Piece]) -> Result:
-    collected = list(pieces)
-    last = collected[-1]
-    assert last.finish_reason is not None
-    generated = [piece for piece in collected if piece.token is not None]
-    return Result(
-        text="".join(piece.text for piece in collected),
-        tokens=tuple(piece.token for piece in generated if piece.token is not None),
-        logprobs=tuple(piece.logprob for piece in generated),
-        finish_reason=last.finish_reason,
-        timings=last.timings,
-    )
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -12,11 +12,12 @@ from tiny_models import FAMILIES, exported, tiny
 
 from edgert import bundle as bundles
 from edgert.bundle import Bundle
+from edgert.cutting import cut
 from edgert.device import DeviceConfig
 from edgert.errors import PlanError
 from edgert.executor import Executor
 from edgert.graph import BlockGraph, BlockKind
-from edgert.partition import annotate, cut
+from edgert.partition import annotate
 from edgert.placement import Plan
 from edgert.session import Model
 

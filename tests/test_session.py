@@ -285,7 +285,7 @@ def test_a_cancelled_prefill_keeps_no_empty_cache(demo_path: Path) -> None:
 
 def test_time_to_first_token_counts_from_the_call(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10**15, 10**9))  # a second passes at every look
-    monkeypatch.setattr("edgert.session.time.perf_counter_ns", lambda: next(clock))
+    monkeypatch.setattr("edgert.results.time.perf_counter_ns", lambda: next(clock))
     pieces = demo.stream(PROMPT, max_tokens=1)
     assert next(pieces).timings.ttft_us >= 2e6  # one look before the text was encoded, one after
 
