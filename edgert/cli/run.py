@@ -9,7 +9,8 @@ from typing import Any
 
 from edgert.cli.options import Subparsers, add_placement, console, print_json
 from edgert.errors import EmptyPromptError, UsageError
-from edgert.session import Model, Piece, Sampling, load
+from edgert.results import Piece
+from edgert.session import Model, Sampling, load
 
 EPILOG = """\
 examples
