@@ -46,8 +46,7 @@ class Executor:
     def __init__(self, bundle: Bundle, plan: Plan) -> None:
         self.facts = bundle.facts
         self.plan = plan
-        # A recurrent state cannot be taken back to an earlier token.
-        self.trimmable = bundle.graph is None or not any(block.recurrent_bytes for block in bundle.graph.blocks)
+        self._recurrent = bundle.graph is not None and any(block.recurrent_bytes for block in bundle.graph.blocks)
         ort = [p for p in plan.placements if p.config.kind is DeviceKind.ORT]
         if bundle.facts.format == "onnx":
             if len(plan.placements) != 1 or not ort:
@@ -59,6 +58,11 @@ class Executor:
             if ort:
                 raise PlanError(f"plan: {ort[0].config} runs ONNX bundles; this bundle holds OpenVINO IR")
             self.stages = _compile(bundle.model_path, bundle.graph, plan)
+
+    @property
+    def trimmable(self) -> bool:
+        """Whether a sequence can go back to an earlier token; recurrent states cannot, nor can some devices' caches."""
+        return not self._recurrent and all(stage.compiled.states_writable for stage in self.stages)
 
     @property
     def emulated(self) -> bool:

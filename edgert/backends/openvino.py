@@ -88,11 +88,14 @@ class OpenVinoRunner:
 class OpenVinoCompiled:
     """A compiled model. See `edgert.backends.base.Compiled`."""
 
-    def __init__(self, compiled: ov.CompiledModel, outputs: list[str], config: DeviceConfig) -> None:
+    def __init__(
+        self, compiled: ov.CompiledModel, outputs: list[str], states_writable: bool, config: DeviceConfig
+    ) -> None:
         self._compiled = compiled
         self._outputs = outputs
         self._config = config
         self.inputs = frozenset(port.get_any_name() for port in compiled.inputs)
+        self.states_writable = states_writable
 
     def runner(self) -> OpenVinoRunner:
         with _failing(self._config):
@@ -112,7 +115,11 @@ class OpenVinoBackend:
                 model = core().read_model(model)
             # Plugins fuse operations and gather their names, so of the compiled model's names any may come first.
             outputs = [port.get_any_name() for port in model.outputs]
-            return OpenVinoCompiled(core().compile_model(model, config.device, properties), outputs, config)
+            # The GPU plugin (2026.4.1) does not go on from a cache that was written into it: it rejects the length, or
+            # gives other logits.
+            writable = config.kind is not DeviceKind.GPU or not model.get_sinks()
+            compiled = core().compile_model(model, config.device, properties)
+            return OpenVinoCompiled(compiled, outputs, writable, config)
         except RuntimeError as error:
             raise DeviceFailedError(f"{config} cannot compile the model: {cause(error)}") from error
 

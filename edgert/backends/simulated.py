@@ -54,6 +54,7 @@ class SimulatedCompiled:
         self._config = config
         self._fail_after = fail_after
         self.inputs = compiled.inputs
+        self.states_writable = compiled.states_writable
 
     def runner(self) -> SimulatedRunner:
         return SimulatedRunner(self._compiled.runner(), self._config, self._fail_after)
