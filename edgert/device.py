@@ -56,8 +56,8 @@ class DeviceConfig:
         return f"{self.device}@{self.variant}"
 
 
-# What a bare device name means. f32 with INT8 dynamic quantization is the CPU plugin's fastest decode for
-# compressed weights and exact for others (docs/architecture.md, "CPU configurations").
+# What a bare device name means. On a CPU, f32 with INT8 dynamic quantization decodes compressed weights as fast as any
+# configuration does (docs/benchmarks.md), is there on every CPU, and is exact for weights that are not compressed.
 DEFAULT_VARIANTS = {
     DeviceKind.CPU: "f32+dq",
     DeviceKind.GPU: "f16",
