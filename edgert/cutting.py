@@ -97,8 +97,8 @@ class _Shared:
 def _share_prelude(stream: ResidualStream, ranges: Sequence[tuple[int, int]]) -> list[_Shared]:
     """Let the first submodel that needs RoPE tables or masks give them to the later ones.
 
-    Computing them again in every submodel costs nothing in bytes and, in decode, half as much time as the block
-    itself: some seventy tiny operations. Integers stay: they are shapes, which compilers want to see.
+    Computing them again in every submodel costs nothing in bytes but, in decode, nearly as much time as the attention
+    itself (docs/benchmarks.md). Integers stay: they are shapes, which compilers want to see.
     """
     graph = stream.graph
     users: dict[str, set[int]] = {}

@@ -83,3 +83,9 @@ def test_kernels_are_built_against_the_openvino_that_is_installed() -> None:
     ]
     assert pins[0] == pins[1]
     assert pins[0] == [f"openvino=={metadata.version('openvino')}"]
+
+
+def test_openvino_reports_nothing(tmp_path: Path) -> None:
+    """With the reporter's name taken, OpenVINO imports its own stub; the reporter would fork and open a connection."""
+    code = "import edgert, openvino\nfrom openvino.tools.ovc import telemetry\nprint(type(telemetry).__module__)"
+    assert run_python(code, tmp_path).stdout.strip() == "openvino.tools.ovc.telemetry_stub"
