@@ -5,7 +5,7 @@ RoPE tables and masks are computed by the first submodel that needs them and pas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import openvino as ov
@@ -19,12 +19,16 @@ from edgert.residual import ResidualStream, Uncuttable, crossings, dimension_sou
 PRELUDE = "prelude."  # names of what submodels share beside the residual stream begin so
 
 
-def cut(model: ov.Model, graph: BlockGraph, groups: Sequence[tuple[int, int]]) -> list[ov.Model]:
+def cut(
+    model: ov.Model, graph: BlockGraph, groups: Sequence[tuple[int, int]], static: Collection[int] = ()
+) -> list[ov.Model]:
     """Cut a model into submodels.
 
     Args:
         model: the model that `graph` was made from; it is not changed.
         groups: for each submodel its first and last block, in order, without gaps.
+        static: numbers of the groups that will have static shapes, not the first. All that depends on the model's
+            inputs reaches them as tensors that the first submodel computes.
 
     Returns:
         One submodel a group; a single group gives `[model]`. Each takes those of the model's own inputs that it needs,
@@ -45,7 +49,10 @@ def cut(model: ov.Model, graph: BlockGraph, groups: Sequence[tuple[int, int]]) -
         stream = ResidualStream(index)
         segments = [stream.segment_of_boundary(graph.blocks[last].output) for _, last in groups[:-1]]
         ranges = list(zip([0, *(s + 1 for s in segments)], [*segments, stream.last], strict=True))
-        for shape_of in crossings(stream, ranges)[0]:
+        shapes = crossings(stream, ranges)[0]
+        if static:  # the prelude moves to the first submodel, away from the caches that it may take a shape of
+            shapes = [n for n in index.of_type("ShapeOf") if dimension_sources(index, n) is not None]
+        for shape_of in shapes:
             _shape_from_inputs(index, shape_of)
         state_owners = stream.state_owners
     except Uncuttable as error:
@@ -65,7 +72,7 @@ def cut(model: ov.Model, graph: BlockGraph, groups: Sequence[tuple[int, int]]) -
                 consumer.replace_source_output(parameter.output(0))
         boundaries.append((parameter, tensor))
 
-    shared = _share_prelude(stream, ranges)
+    shared = _share_prelude(stream, ranges, frozenset(static))
     submodels = []
     for number, (first, last) in enumerate(groups):
         sinks = [assigns[variable] for variable, s in state_owners.items() if owner[s] == number]
@@ -94,21 +101,31 @@ class _Shared:
     users: frozenset[int]
 
 
-def _share_prelude(stream: ResidualStream, ranges: Sequence[tuple[int, int]]) -> list[_Shared]:
+def _share_prelude(stream: ResidualStream, ranges: Sequence[tuple[int, int]], static: frozenset[int]) -> list[_Shared]:
     """Let the first submodel that needs RoPE tables or masks give them to the later ones.
 
     Computing them again in every submodel costs nothing in bytes but, in decode, nearly as much time as the attention
-    itself (docs/benchmarks.md). Integers stay: they are shapes, which compilers want to see.
+    itself (docs/benchmarks.md). Integers stay: they are shapes, which compilers want to see. With static shapes a
+    submodel cannot compute them: it does not know how many of its rows are padding, so the first submodel does.
     """
     graph = stream.graph
     users: dict[str, set[int]] = {}
     for number, (first, last) in enumerate(ranges):
         for name in stream.side(range(first, last + 1)):
             users.setdefault(name, set()).add(number)
+    inner: set[str] = set()  # takes at least the shape of something on the stream, or of a state
+    for node in graph.nodes.values():
+        rewritten = node.type == "ShapeOf" and dimension_sources(graph, node) is not None
+        below = node.name in stream.segment or node.type == "ReadValue" or any(s in inner for s, _ in node.inputs)
+        if below and not rewritten:
+            inner.add(node.name)
+    sharers = {
+        name: numbers | ({0} if numbers & static and name not in inner else set()) for name, numbers in users.items()
+    }
     owner = {s: number for number, (first, last) in enumerate(ranges) for s in range(first, last + 1)}
 
     def is_shared(name: str) -> bool:
-        return len(users.get(name, ())) > 1 and name not in stream.live and name not in graph.constant_only
+        return len(sharers.get(name, ())) > 1 and name not in stream.live and name not in graph.constant_only
 
     found: list[_Shared] = []
     for node in [n for n in graph.nodes.values() if n.type != "Parameter" and is_shared(n.name)]:
@@ -122,9 +139,10 @@ def _share_prelude(stream: ResidualStream, ranges: Sequence[tuple[int, int]]) ->
                     consumers.setdefault(owner[stream.segment[name]], []).append(consumer)
                 elif not is_shared(name) and name in users and graph[name].type != "ReadValue":
                     consumers.setdefault(min(users[name]), []).append(consumer)
-            if len(consumers) < 2:
+            producer = 0 if consumers.keys() & static else min(consumers, default=0)
+            if not consumers.keys() - {producer}:
                 continue
-            name, producer = f"{PRELUDE}{len(found)}", min(consumers)
+            name = f"{PRELUDE}{len(found)}"
             parameter = ops.parameter(tensor.get_partial_shape(), tensor.get_element_type(), name)
             parameter.output(0).set_names({name})
             for number, inputs in consumers.items():

@@ -29,7 +29,8 @@ class DeviceConfig:
 
     Attributes:
         device: `CPU`, `GPU`, `GPU.1`, `NPU`, `ORT` or `SIM`; the number after the dot picks one of several.
-        variant: the name of the property set, e.g. `f32`, `bf16`, `f32+dq`; for `ORT` the execution provider.
+        variant: the name of the property set, e.g. `f32`, `bf16`, `f32+dq`; for `ORT` the execution provider, for `SIM`
+            a profile. `+static` in it means static shapes, with keys and values as tensors: see `edgert.static`.
     """
 
     device: str
@@ -37,11 +38,13 @@ class DeviceConfig:
 
     @classmethod
     def parse(cls, text: str) -> DeviceConfig:
-        """Read `CPU@bf16` or a bare `CPU`, which takes the device's default variant.
+        """Read `CPU@bf16`, a bare `CPU`, which takes the device's default variant, or `sim:NAME`, which is `SIM@NAME`.
 
         Raises:
             UnknownDeviceError: the text is not of that form, or names no kind of device.
         """
+        if simulated := re.fullmatch(r"sim:([\w+.-]+)", text.strip()):
+            return cls("SIM", simulated[1])
         match = re.fullmatch(r"([A-Z]+)(\.\d+)?(?:@([\w+.-]+))?", text.strip())
         if not match or match[1] not in DeviceKind.__members__:
             kinds = ", ".join(DeviceKind)
@@ -51,6 +54,21 @@ class DeviceConfig:
     @property
     def kind(self) -> DeviceKind:
         return DeviceKind(self.device.partition(".")[0])
+
+    @property
+    def static(self) -> bool:
+        """Whether submodels for it have static shapes, and their keys and values are the host's tensors."""
+        return self.kind is DeviceKind.NPU or self.variant.endswith("+static")
+
+    @property
+    def half(self) -> bool:
+        """Whether it computes in f16, so that f16 is enough for what passes to and from it."""
+        return self.kind in {DeviceKind.GPU, DeviceKind.NPU} and self.variant.startswith("f16")
+
+    @property
+    def unit(self) -> str:
+        """The hardware behind it: configurations with the same unit take turns, others can run at the same time."""
+        return str(self) if self.kind is DeviceKind.SIM else self.device
 
     def __str__(self) -> str:
         return f"{self.device}@{self.variant}"

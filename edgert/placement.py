@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgert.device import DeviceConfig
+from edgert.device import DeviceConfig, DeviceKind
 from edgert.errors import PlanError
 from edgert.fields import build
 from edgert.graph import BlockGraph, BlockKind
+
+PHASES = ("prefill", "decode")
+HOST = DeviceConfig(
+    "CPU", "f32"
+)  # where the lookup of embeddings, masks and RoPE tables are computed for other devices
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,21 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class WeightCopy:
+    """Weights that one device configuration holds.
+
+    Attributes:
+        config: the configuration.
+        bytes: of the blocks it runs, once.
+        count: how many times it holds them: static shapes for prefill and for decode hold them once each.
+    """
+
+    config: DeviceConfig
+    bytes: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Where each block of a model runs.
 
@@ -33,74 +53,164 @@ class Plan:
             made to cut there.
         rationale: one line that says where the plan comes from.
         warnings: what the reader must know, e.g. a device that was asked for and is not used.
+        decode: placements for single tokens, if they differ from those for a prompt; keys and values then change
+            hands in between. None where `placements` serve both phases.
     """
 
     placements: tuple[Placement, ...]
     rationale: str
     warnings: tuple[str, ...] = ()
+    decode: tuple[Placement, ...] | None = None
+
+    @property
+    def phases(self) -> dict[str, tuple[Placement, ...]]:
+        """Placements by phase: `prefill` and `decode`, or one entry where both are the same."""
+        if self.decode is None:
+            return {"prefill and decode": self.placements}
+        return {"prefill": self.placements, "decode": self.decode}
+
+    @property
+    def configs(self) -> tuple[DeviceConfig, ...]:
+        """Every configuration that the plan uses, once, in order."""
+        return tuple(dict.fromkeys(p.config for placements in self.phases.values() for p in placements))
 
     @classmethod
-    def from_configs(cls, configs: list[DeviceConfig], rationale: str, *, merge: bool = True) -> Plan:
-        """A plan from one configuration a block; `merge=False` keeps a cut at every boundary."""
-        placements: list[Placement] = []
-        for index, config in enumerate(configs):
-            if merge and placements and placements[-1].config == config:
-                placements[-1] = Placement(placements[-1].first, index, config)
-            else:
-                placements.append(Placement(index, index, config))
-        return cls(tuple(placements), rationale)
+    def from_configs(
+        cls,
+        configs: Sequence[DeviceConfig],
+        rationale: str,
+        *,
+        decode: Sequence[DeviceConfig] | None = None,
+        merge: bool = True,
+    ) -> Plan:
+        """A plan from one configuration a block, and another one for decode where that differs.
+
+        `merge=False` keeps a cut at every boundary.
+        """
+        same = decode is None or list(decode) == list(configs)
+        return cls(_merge(configs, merge), rationale, decode=None if same else _merge(decode or (), merge))
 
     @classmethod
     def single(cls, graph: BlockGraph, config: DeviceConfig) -> Plan:
-        """Everything on one device configuration: the uncut model."""
-        return cls.from_configs([config] * len(graph.blocks), f"single device {config}")
+        """Everything on one device configuration: the uncut model.
+
+        On a GPU or NPU, and with static shapes, the lookup of embeddings stays on the CPU: it reads one row a token.
+        """
+        configs, rationale = [config] * len(graph.blocks), f"single device {config}"
+        if (config.static or config.kind is DeviceKind.GPU) and _has_embedding(graph):
+            configs[0], rationale = HOST, f"{rationale}, embedding on {HOST}"
+        return cls.from_configs(configs, rationale)
 
     @classmethod
     def explicit(cls, graph: BlockGraph, rules: str) -> Plan:
-        """A plan from rules such as `attention=CPU@bf16,ffn=CPU@f32,3-5=GPU`.
+        """A plan from rules such as `attention=CPU@bf16,ffn=CPU@f32,3-5=GPU` or `prefill:*=GPU,decode:*=CPU`.
 
-        Left of `=` stands a block kind, a block name (`ffn.2`), an index, a range of indices, or `*`. Later rules win.
-        A block that no rule names runs where the block before it runs, or, at the start, where the next one does.
+        Left of `=` stands a block kind, a block name (`ffn.2`), an index, a range of indices, or `*`, after `prefill:`
+        or `decode:` where the rule is for one phase only. Later rules win. A block that no rule names runs where the
+        block before it runs, or, at the start, where the next one does.
 
         Raises:
-            PlanError: a rule cannot be read or names no block of the graph.
+            PlanError: a rule cannot be read or names no block of the graph, or no rule says where a phase runs.
             UnknownDeviceError: a configuration is not of the form DEVICE@VARIANT.
         """
-        configs: list[DeviceConfig | None] = [None] * len(graph.blocks)
+        chosen: dict[str, list[DeviceConfig | None]] = {phase: [None] * len(graph.blocks) for phase in PHASES}
         for rule in (part.strip() for part in rules.split(",") if part.strip()):
-            selector, equals, target = (piece.strip() for piece in rule.partition("="))
-            if not equals or not selector or not target:
-                raise PlanError(f"placement rule {rule!r}: expected SELECTOR=DEVICE@VARIANT")
+            left, equals, target = (piece.strip() for piece in rule.partition("="))
+            phase, colon, selector = left.partition(":") if ":" in left else ("", "", left)
+            if not equals or not selector or not target or (colon and phase not in PHASES):
+                raise PlanError(f"placement rule {rule!r}: expected [prefill:|decode:]SELECTOR=DEVICE@VARIANT")
             config = DeviceConfig.parse(target)
-            chosen = _select(graph, selector)
-            if not chosen:
+            blocks = _select(graph, selector)
+            if not blocks:
                 names = ", ".join(dict.fromkeys(str(b.kind) for b in graph.blocks))
                 raise PlanError(
                     f"placement rule {rule!r} matches no block; the model has {len(graph.blocks)} of kinds {names}"
                 )
-            for index in chosen:
-                configs[index] = config
-        first = next((c for c in configs if c is not None), None)
-        if first is None:
-            raise PlanError("placement: no rule given")
-        filled: list[DeviceConfig] = []
-        for given in configs:
-            filled.append(given or (filled[-1] if filled else first))
-        return cls.from_configs(filled, f"explicit placement {rules}")
+            for name in [phase] if colon else PHASES:
+                for index in blocks:
+                    chosen[name][index] = config
+        plan = cls.from_configs(
+            _fill(chosen["prefill"], "prefill"),
+            f"explicit placement {rules}",
+            decode=_fill(chosen["decode"], "decode"),
+        )
+        return plan._embedding_on_host(graph)
+
+    def replaced(self, unit: str, config: DeviceConfig, reason: str) -> Plan:
+        """This plan with all that runs on a piece of hardware (`DeviceConfig.unit`) moved to another configuration."""
+
+        def move(placements: tuple[Placement, ...]) -> tuple[Placement, ...]:
+            configs = [
+                config if p.config.unit == unit else p.config for p in placements for _ in range(p.first, p.last + 1)
+            ]
+            return _merge(configs, True)
+
+        decode = None if self.decode is None else move(self.decode)
+        placements = move(self.placements)
+        return replace(
+            self,
+            placements=placements,
+            decode=None if decode == placements else decode,
+            warnings=(*self.warnings, reason),
+        )
+
+    def _embedding_on_host(self, graph: BlockGraph) -> Plan:
+        """The plan with the embedding on the CPU wherever it was to have static shapes, which take no token ids."""
+        if not _has_embedding(graph):
+            return self
+        wrong = next((ps[0].config for ps in self.phases.values() if ps[0].config.static), None)
+        if wrong is None:
+            return self
+
+        def move(placements: tuple[Placement, ...]) -> tuple[Placement, ...]:
+            first, *rest = placements
+            if not first.config.static:
+                return placements
+            kept = [replace(first, first=1)] if first.last else []
+            return (Placement(0, 0, HOST), *kept, *rest)
+
+        warning = f"block 0 (embed) runs on {HOST}: static shapes ({wrong}) take no token ids"
+        decode = None if self.decode is None else move(self.decode)
+        return replace(self, placements=move(self.placements), decode=decode, warnings=(*self.warnings, warning))
+
+    def weights(self, graph: BlockGraph) -> list[WeightCopy]:
+        """The weights that each configuration holds, at the precision in the file.
+
+        More than the model's own bytes in all means that some are in memory more than once: other devices and other
+        configurations lay them out in other ways.
+        """
+        found = []
+        for config in self.configs:
+            blocks: dict[int, int] = {}  # index -> copies
+            for placements in self.phases.values():
+                for p in placements:
+                    for index in range(p.first, p.last + 1) if p.config == config else ():
+                        blocks[index] = blocks.get(index, 0) + 1
+            both = 2 if self.decode is None else 1
+            count = max(blocks.values()) * both if config.static else 1
+            found.append(WeightCopy(config, sum(graph.blocks[i].total_weight_bytes for i in blocks), count))
+        return found
 
     def check(self, graph: BlockGraph) -> None:
-        """Raise `PlanError` unless the placements cover the graph's blocks once each, in order."""
-        expected = 0
-        for p in self.placements:
-            if p.first != expected or p.last < p.first:
-                raise PlanError(f"plan: placement of blocks {p.first}-{p.last} where block {expected} was due")
-            expected = p.last + 1
-        if expected != len(graph.blocks):
-            raise PlanError(f"plan: covers {expected} blocks, the model has {len(graph.blocks)}")
+        """Raise `PlanError` unless the placements cover the graph's blocks once each, in order, in every phase."""
+        for placements in self.phases.values():
+            expected = 0
+            for p in placements:
+                if p.first != expected or p.last < p.first:
+                    raise PlanError(f"plan: placement of blocks {p.first}-{p.last} where block {expected} was due")
+                expected = p.last + 1
+            if expected != len(graph.blocks):
+                raise PlanError(f"plan: covers {expected} blocks, the model has {len(graph.blocks)}")
+            if placements[0].config.static:
+                raise PlanError(
+                    f"plan: {graph.blocks[0].name} is on {placements[0].config}, whose static shapes take no token "
+                    f"ids; place it on {HOST}" + (f" ({graph.reason})" if graph.reason else "")
+                )
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "placements": [{"first": p.first, "last": p.last, "config": str(p.config)} for p in self.placements],
+            "placements": _rows(self.placements),
+            "decode": None if self.decode is None else _rows(self.decode),
             "rationale": self.rationale,
             "warnings": list(self.warnings),
         }
@@ -117,8 +227,8 @@ class Plan:
             file = build(_File, data, "plan")
         except (ValueError, RecursionError) as error:
             raise PlanError(str(error)) from error
-        placements = tuple(Placement(r.first, r.last, DeviceConfig.parse(r.config)) for r in file.placements)
-        return cls(placements, file.rationale, file.warnings)
+        decode = None if file.decode is None else _placements(file.decode)
+        return cls(_placements(file.placements), file.rationale, file.warnings, decode)
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -129,14 +239,31 @@ class Plan:
             raise PlanError(f"plan {path}: {error}") from error
         return cls.from_json(data)
 
-    def explain(self) -> str:
-        """The plan in words, one line a submodel."""
+    def explain(self, graph: BlockGraph | None = None) -> str:
+        """The plan in words, one line a submodel; with the model's graph also what its weights take."""
         lines = [self.rationale]
-        for p in self.placements:
-            blocks = f"block {p.first}" if p.first == p.last else f"blocks {p.first}-{p.last}"
-            lines.append(f"  {blocks} on {p.config}")
+        for phase, placements in self.phases.items():
+            if self.decode is not None:
+                lines.append(f"{phase}:")
+            for p in placements:
+                blocks = f"block {p.first}" if p.first == p.last else f"blocks {p.first}-{p.last}"
+                lines.append(f"  {blocks} on {p.config}")
+        if graph is not None:
+            lines.append(self.explain_weights(graph))
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    def explain_weights(self, graph: BlockGraph) -> str:
+        """What the weights take on each configuration, and how much of it is there more than once, in one line."""
+        held = self.weights(graph)
+        own = sum(block.total_weight_bytes for block in graph.blocks)
+        total = sum(copy.bytes * copy.count for copy in held)
+        parts = [
+            f"{copy.bytes / 1e6:.1f} MB on {copy.config}" + (f" x {copy.count} shapes" if copy.count > 1 else "")
+            for copy in held
+        ]
+        again = f"; {(total - own) / 1e6:.1f} MB of it are copies" if total > own else ""
+        return f"weights: {', '.join(parts)}{again}"
 
 
 @dataclass(frozen=True)
@@ -153,6 +280,40 @@ class _File:
     placements: tuple[_Row, ...]
     rationale: str
     warnings: tuple[str, ...] = ()
+    decode: tuple[_Row, ...] | None = None
+
+
+def _rows(placements: Sequence[Placement]) -> list[dict[str, Any]]:
+    return [{"first": p.first, "last": p.last, "config": str(p.config)} for p in placements]
+
+
+def _placements(rows: Sequence[_Row]) -> tuple[Placement, ...]:
+    return tuple(Placement(r.first, r.last, DeviceConfig.parse(r.config)) for r in rows)
+
+
+def _merge(configs: Sequence[DeviceConfig], merge: bool) -> tuple[Placement, ...]:
+    placements: list[Placement] = []
+    for index, config in enumerate(configs):
+        if merge and placements and placements[-1].config == config:
+            placements[-1] = Placement(placements[-1].first, index, config)
+        else:
+            placements.append(Placement(index, index, config))
+    return tuple(placements)
+
+
+def _fill(configs: Sequence[DeviceConfig | None], phase: str) -> list[DeviceConfig]:
+    """Blocks that no rule names take the configuration of the block before, or of the first that has one."""
+    first = next((c for c in configs if c is not None), None)
+    if first is None:
+        raise PlanError(f"placement: no rule says where {phase} runs")
+    filled: list[DeviceConfig] = []
+    for given in configs:
+        filled.append(given or (filled[-1] if filled else first))
+    return filled
+
+
+def _has_embedding(graph: BlockGraph) -> bool:
+    return len(graph.blocks) > 1 and graph.blocks[0].kind is BlockKind.EMBED
 
 
 def _select(graph: BlockGraph, selector: str) -> list[int]:

@@ -49,8 +49,8 @@ def test_explicit_rules(rules: str, expected: list[DeviceConfig]) -> None:
     ("rules", "message"),
     [
         ("", "no rule"),
-        ("attention", "expected SELECTOR=DEVICE"),
-        ("=CPU", "expected SELECTOR=DEVICE"),
+        ("attention", r"expected \[prefill:|decode:\]SELECTOR=DEVICE"),
+        ("=CPU", "expected .*SELECTOR=DEVICE"),
         ("moe=CPU", "matches no block"),
         ("attention.7=CPU", "matches no block"),
         ("2-9=CPU", "matches no block"),

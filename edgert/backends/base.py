@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgert.device import DeviceConfig, DeviceInfo
+from edgert.graph import Block
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,8 +79,11 @@ class Backend(Protocol):
         """The devices that are present and usable now."""
         ...
 
-    def compile(self, model: ov.Model | Path, config: DeviceConfig) -> Compiled:
+    def compile(self, model: ov.Model | Path, config: DeviceConfig, blocks: Sequence[Block] = ()) -> Compiled:
         """Compile a submodel, or a model file, for one of the configurations of `devices()`.
+
+        Args:
+            blocks: what the submodel is made of, for backends that reckon with it.
 
         Raises:
             DeviceFailedError: the compiler rejected the model.

@@ -7,7 +7,7 @@ host memory as OrtValues, and what one call gives the next one takes without a c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import numpy as np
 from edgert.backends.base import Array, Tensor, as_array
 from edgert.device import DeviceConfig, DeviceInfo
 from edgert.errors import DeviceFailedError, MissingDependencyError
+from edgert.graph import Block
 
 try:
     import onnxruntime as ort
@@ -111,7 +112,7 @@ class OnnxBackend:
         variants = tuple(sorted(_providers(), key=lambda v: v != "CPU"))
         return [DeviceInfo("ORT", f"onnxruntime {ort.__version__}", variants, False, {})]
 
-    def compile(self, model: ov.Model | Path, config: DeviceConfig) -> OnnxCompiled:
+    def compile(self, model: ov.Model | Path, config: DeviceConfig, blocks: Sequence[Block] = ()) -> OnnxCompiled:
         provider = config.variant + _SUFFIX
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors come as exceptions
