@@ -145,6 +145,12 @@ class Bundle:
         return self.path / ("model.xml" if self.facts.format == "openvino" else "model.onnx")
 
     @property
+    def fingerprint(self) -> str:
+        """What tells this model, down to its weights, from any other: 16 hexadecimal digits."""
+        hashes = [entry["sha256"] for name, entry in sorted(self.files.items()) if name.startswith("model.")]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+
+    @property
     def tokenizer_path(self) -> Path:
         return self.path / TOKENIZER
 

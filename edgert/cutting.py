@@ -33,7 +33,8 @@ def cut(
     Returns:
         One submodel a group; a single group gives `[model]`. Each takes those of the model's own inputs that it needs,
         and all but the first take `hidden`, the output of the one before (f32 or f16, `[batch, tokens, width]`).
-        Outputs `prelude.N` of one are inputs of later ones. The last one has the model's own result.
+        Outputs `prelude.N` of one are inputs of later ones, N being the same for the same tensor however the model is
+        cut. The last one has the model's own result.
 
     Raises:
         PlanError: the groups do not cover the blocks in order, or the graph belongs to another model.
@@ -128,7 +129,9 @@ def _share_prelude(stream: ResidualStream, ranges: Sequence[tuple[int, int]], st
         return len(sharers.get(name, ())) > 1 and name not in stream.live and name not in graph.constant_only
 
     found: list[_Shared] = []
-    for node in [n for n in graph.nodes.values() if n.type != "Parameter" and is_shared(n.name)]:
+    for number, node in enumerate(graph.nodes.values()):
+        if node.type == "Parameter" or not is_shared(node.name):
+            continue
         for tensor in node.op.outputs():
             if not (tensor.get_element_type().is_real() or tensor.get_element_type() == ov.Type.boolean):
                 continue
@@ -142,11 +145,11 @@ def _share_prelude(stream: ResidualStream, ranges: Sequence[tuple[int, int]], st
             producer = 0 if consumers.keys() & static else min(consumers, default=0)
             if not consumers.keys() - {producer}:
                 continue
-            name = f"{PRELUDE}{len(found)}"
+            name = f"{PRELUDE}{number}" + (f".{tensor.get_index()}" if tensor.get_index() else "")
             parameter = ops.parameter(tensor.get_partial_shape(), tensor.get_element_type(), name)
             parameter.output(0).set_names({name})
-            for number, inputs in consumers.items():
-                for consumer in inputs if number != producer else ():
+            for user, inputs in consumers.items():
+                for consumer in inputs if user != producer else ():
                     consumer.replace_source_output(parameter.output(0))
             found.append(_Shared(name, tensor, parameter, producer, frozenset(consumers) - {producer}))
     return found

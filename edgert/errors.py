@@ -13,6 +13,8 @@
     ├── DeviceError            a device or device configuration cannot be used
     │   ├── UnknownDeviceError     no such device or configuration
     │   └── DeviceFailedError      the device failed while compiling or running
+    │       ├── DeviceHungError        it did not answer in time
+    │       └── DeviceNonsenseError    it gave NaN
     ├── PlanError              a plan does not fit the model it is meant for
     └── ChatTemplateError      no chat template, or one that fails or oversteps its sandbox
 
@@ -97,7 +99,21 @@ class UnknownDeviceError(DeviceError, ValueError):
 
 
 class DeviceFailedError(DeviceError):
-    """The device failed while compiling or running."""
+    """The device failed while compiling or running.
+
+    Attributes:
+        unit: the hardware it happened on, as in `DeviceConfig.unit`; None while the one who raises does not know.
+    """
+
+    unit: str | None = None
+
+
+class DeviceHungError(DeviceFailedError):
+    """The device did not answer in time."""
+
+
+class DeviceNonsenseError(DeviceFailedError):
+    """The device gave NaN."""
 
 
 class PlanError(EdgertError):

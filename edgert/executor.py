@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgert.backends import info_of, require
-from edgert.backends.base import Array, Compiled, Tensor, as_array
+from edgert.backends.base import Array, Runner, Tensor, as_array
 from edgert.bundle import Bundle
 from edgert.device import DeviceKind
-from edgert.errors import BundleError, PlanError, cause
-from edgert.graph import BlockGraph
+from edgert.errors import BundleError, DeviceFailedError, PlanError
+from edgert.graph import BOUNDARY, BlockGraph
+from edgert.guard import guarded
 from edgert.kvcache import trim
-from edgert.placement import Placement, Plan
+from edgert.pipeline import Segment, run_chunks
+from edgert.placement import Plan
+from edgert.shapes import StaticShapes
+from edgert.stages import Stage, build
 
-# What `SequenceRun.forward` can give to a submodel.
+if TYPE_CHECKING:
+    import threading
+
+# What `SequenceRun` can give to a submodel.
 INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids", "beam_idx", "logits_to_keep"})
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A placement, compiled."""
-
-    placement: Placement
-    compiled: Compiled
+PREFILL, DECODE = 0, -1  # chains; the same one where a plan does not tell the phases apart
+DEVICE_TIMEOUT_S = 60.0
 
 
 class Executor:
@@ -36,6 +37,9 @@ class Executor:
     Args:
         bundle: the model.
         plan: one or more placements; with one, the model is compiled uncut. An ONNX bundle takes one on `ORT`.
+        shapes: for devices with static shapes.
+        timeout_s: seconds that a call into a GPU or NPU may take before it counts as hung; the first may take ten
+            times as long.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -43,94 +47,311 @@ class Executor:
         BundleError: the model file is damaged.
     """
 
-    def __init__(self, bundle: Bundle, plan: Plan) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        plan: Plan,
+        *,
+        shapes: StaticShapes | None = None,
+        timeout_s: float = DEVICE_TIMEOUT_S,
+    ) -> None:
         self.facts = bundle.facts
         self.plan = plan
+        self.timeout_s = timeout_s
+        self.shapes: StaticShapes | None = None  # those in use, where some device has static shapes
         self._recurrent = bundle.graph is not None and any(block.recurrent_bytes for block in bundle.graph.blocks)
-        ort = [p for p in plan.placements if p.config.kind is DeviceKind.ORT]
+        ort = [config for config in plan.configs if config.kind is DeviceKind.ORT]
         if bundle.facts.format == "onnx":
-            if len(plan.placements) != 1 or not ort:
+            if len(plan.placements) != 1 or not ort or plan.decode:
                 raise PlanError(f"plan: an ONNX bundle runs whole on one ORT device, not on {plan.explain()!r}")
             config = plan.placements[0].config
             compiled = require(config).compile(bundle.model_path, config)
-            self.stages = [Stage(plan.placements[0], compiled)]
-        else:
-            if ort:
-                raise PlanError(f"plan: {ort[0].config} runs ONNX bundles; this bundle holds OpenVINO IR")
-            self.stages = _compile(bundle.model_path, bundle.graph, plan)
+            self.chains: tuple[tuple[Stage, ...], ...] = ((Stage(plan.placements[0], compiled),),)
+            return
+        if ort:
+            raise PlanError(f"plan: {ort[0]} runs ONNX bundles; this bundle holds OpenVINO IR")
+        if bundle.graph is None:
+            raise BundleError(f"bundle {bundle.path}: it has no block graph")
+        plan.check(bundle.graph)
+        if any(config.static for config in plan.configs):
+            self.shapes = (shapes or StaticShapes()).within(bundle.facts.context_length)
+        self.chains = build(bundle, bundle.graph, plan, self.shapes, INPUTS, timeout_s)
+        self._check_hand_over(bundle.graph)
+
+    def _check_hand_over(self, graph: BlockGraph) -> None:
+        for stage in {id(s): s for chain in self.chains[1:] and self.chains for s in chain}.values():
+            p = stage.placement
+            if not stage.compiled.states_writable and any(b.states for b in graph.blocks[p.first : p.last + 1]):
+                raise PlanError(
+                    f"plan: prefill and decode differ, and keys and values cannot be written into {p.config}; "
+                    f"use {p.config}+static"
+                )
 
     @property
     def trimmable(self) -> bool:
         """Whether a sequence can go back to an earlier token; recurrent states cannot, nor can some devices' caches."""
-        return not self._recurrent and all(stage.compiled.states_writable for stage in self.stages)
+        return not self._recurrent and self.movable
 
     @property
+    def movable(self) -> bool:
+        """Whether keys and values can be written into the devices."""
+        return all(stage.compiled.states_writable for chain in self.chains for stage in chain)
+
+    @property
+    def context(self) -> int:
+        """The largest number of tokens of a sequence: the model's, or what static shapes have room for."""
+        limit = self.facts.context_length
+        return limit if self.shapes is None else min(limit, self.shapes.buckets[-1])
+
+    @property
+    def max_chunk(self) -> int:
+        """The largest number of tokens that the devices take at once."""
+        return self.facts.context_length if self.shapes is None else self.shapes.chunks[-1]
+
+    @cached_property
     def emulated(self) -> bool:
         """Whether some device is emulated, so that no timing means anything."""
-        return any(info_of(stage.placement.config).emulated for stage in self.stages)
+        return any(info_of(config).emulated for config in self.plan.configs)
 
     def open(self) -> SequenceRun:
         """A new, empty sequence."""
         return SequenceRun(self)
 
 
+class _Chain:
+    """The stages of one phase with the infer requests of one sequence, which are made when they are first needed.
+
+    Args:
+        made: runners of the sequence by stage: a stage that is in both phases has one, and its cache stays in it.
+    """
+
+    def __init__(self, stages: Sequence[Stage], timeout_s: float, made: dict[int, Runner]) -> None:
+        self.stages = stages
+        self._timeout_s = timeout_s
+        self._made = made
+
+    @cached_property
+    def runners(self) -> list[Runner]:
+        for stage in self.stages:
+            if id(stage) not in self._made:
+                runner, config = stage.compiled.runner(), stage.placement.config
+                # With static shapes only the device's own part is guarded: the cache is the host's, and can be saved.
+                self._made[id(stage)] = runner if config.static else guarded(runner, config, self._timeout_s)
+        return [self._made[id(stage)] for stage in self.stages]
+
+    def run(self, inputs: dict[str, Tensor], stages: range) -> dict[str, Tensor]:
+        """Send tensors through some stages; gives the outputs of the last one."""
+        outputs: dict[str, Tensor] = {}
+        for number in stages:
+            config = self.stages[number].placement.config
+            try:
+                outputs = self.runners[number].infer(inputs)
+            except DeviceFailedError as error:
+                error.unit = config.unit
+                raise
+            inputs.update(outputs)
+            after = self.stages[number + 1].placement.config if number + 1 < len(self.stages) else config
+            if after.half != config.half:
+                inputs[BOUNDARY] = as_array(outputs[BOUNDARY]).astype(np.float16 if after.half else np.float32)
+        return outputs
+
+    def segments(self) -> list[range]:
+        """Neighbouring stages on the same hardware."""
+        units = [stage.placement.config.unit for stage in self.stages]
+        starts = [i for i, unit in enumerate(units) if i == 0 or units[i - 1] != unit]
+        return [range(a, b) for a, b in zip(starts, [*starts[1:], len(units)], strict=True)]
+
+    def read_states(self) -> dict[str, Array]:
+        return {name: array for runner in self.runners for name, array in runner.read_states().items()}
+
+    def write_states(self, states: Mapping[str, Array]) -> None:
+        for runner in self.runners:
+            runner.write_states(states)
+
+    def take_over(self, other: _Chain) -> None:
+        """Copy the cache of the other phase; what both have in common is there already."""
+        given = [runner for runner in other.runners if runner not in self.runners]
+        states = {name: array for runner in given for name, array in runner.read_states().items()}
+        for runner in self.runners:
+            if runner not in other.runners:
+                runner.write_states(states)
+
+    def reset(self) -> None:
+        for runner in self.runners if "runners" in self.__dict__ else ():
+            runner.reset()
+
+
 class SequenceRun:
     """One sequence of tokens on its way through the stages, with its KV cache.
 
     Attributes:
-        past: tokens in the cache.
-        infer_us: time spent inside devices by the last call of `forward`.
+        tokens: those in the cache.
+        infer_us: time spent inside devices by the last call of `forward` or `prefill`.
+        handover_us: how much of it went into moving keys and values.
     """
 
     def __init__(self, executor: Executor) -> None:
-        self._runners = [stage.compiled.runner() for stage in executor.stages]
-        self._slices = executor.stages[-1].compiled.inputs >= {"logits_to_keep"}
-        self._trimmable = executor.trimmable
+        self.executor = executor
+        made: dict[int, Runner] = {}
+        self._chains = [_Chain(chain, executor.timeout_s, made) for chain in executor.chains]
+        self._home = self._chains[PREFILL]  # the chain that holds the cache
+        self._slices = executor.chains[PREFILL][-1].compiled.inputs >= {"logits_to_keep"}
         self._decode = _token_inputs(1, 1)
-        self.past = 0
-        self.infer_us = 0.0
+        self.tokens: list[int] = []
+        self.infer_us = self.handover_us = 0.0
+
+    @property
+    def past(self) -> int:
+        return len(self.tokens)
 
     def forward(self, tokens: Sequence[int], *, keep: int = 1) -> Array:
-        """Append tokens.
+        """Append tokens, at once.
 
         Args:
-            tokens: at least one; `past + len(tokens)` must not exceed the context.
+            tokens: at least one, at most `Executor.max_chunk`; with those before not more than `Executor.context`.
             keep: for how many of the last tokens the output is wanted.
 
         Returns:
             `[keep, vocab]` logits (decoder) or `[keep, hidden]` states (encoder), f32, valid until the next call.
+
+        Raises:
+            DeviceFailedError: the sequence cannot go on here; `salvage` may tell what is left.
         """
-        count, total = len(tokens), self.past + len(tokens)
-        decode = count == 1 and keep == 1
-        inputs = {**self._decode} if decode else _token_inputs(count, keep)
-        as_array(inputs["input_ids"])[0] = tokens
-        inputs["attention_mask"] = np.ones((1, total), np.int64)
-        inputs["position_ids"] = np.arange(self.past, total, dtype=np.int64)[None]
+        return self._forward(tokens, keep, self._chains[DECODE if len(tokens) == 1 else PREFILL])
+
+    def _forward(self, tokens: Sequence[int], keep: int, chain: _Chain) -> Array:
         start = time.perf_counter_ns()
-        for runner in self._runners:
-            outputs = runner.infer(inputs)
-            inputs.update(outputs)
+        decode = len(tokens) == 1 and keep == 1
+        self._enter(chain)
+        inputs = self._inputs(tokens, self.past, keep)
+        outputs = chain.run(inputs, range(len(chain.stages)))
         self.infer_us = (time.perf_counter_ns() - start) / 1000
-        self.past = total
+        self.tokens += tokens
         if decode:  # as the devices' own tensors, so that what does not change need not be set again
             self._decode = {name: inputs[name] for name in self._decode}
-        output = as_array(next(iter(outputs.values())))
-        return output[0] if self._slices else output[0, -keep:]
+        return self._rows(outputs, keep)
+
+    def prefill(self, tokens: Sequence[int], *, chunk: int, cancel: threading.Event | None = None) -> Array | None:
+        """Append a prompt in chunks; where the plan has several devices they work at the same time.
+
+        Args:
+            tokens: at least one.
+            chunk: tokens of one call, at most `Executor.max_chunk`.
+            cancel: looked at before each chunk.
+
+        Returns:
+            `[1, vocab]` logits of the last token, valid until the next call; None where it was cancelled, and then
+            `tokens` of this object says how far it came.
+
+        Raises:
+            DeviceFailedError: as `forward`.
+        """
+        chunk = min(chunk, self.executor.max_chunk)
+        parts = [tokens[i : i + chunk] for i in range(0, len(tokens), chunk)]
+        chain = self._chains[PREFILL]
+        segments = chain.segments()
+        if len(parts) == 1 or len(segments) == 1:
+            infer_us = handover_us = 0.0
+            logits: Array | None = None
+            for part in parts:
+                if cancel is not None and cancel.is_set():
+                    logits = None
+                    break
+                logits = self._forward(part, 1, chain)
+                infer_us, handover_us = infer_us + self.infer_us, handover_us + self.handover_us
+            self.infer_us, self.handover_us = infer_us, handover_us
+            return logits
+        start = time.perf_counter_ns()
+        self._enter(chain)
+        sent: list[int] = []
+
+        def calls() -> Iterator[dict[str, Any]]:
+            for part in parts:
+                if cancel is not None and cancel.is_set():
+                    return
+                inputs = self._inputs(part, self.past + len(sent), 1)
+                sent.extend(part)
+                yield inputs
+
+        outputs = run_chunks([Segment(*_segment(chain, stages)) for stages in segments], calls())
+        self.infer_us = (time.perf_counter_ns() - start) / 1000
+        self.tokens += sent
+        return None if len(sent) < len(tokens) or outputs is None else self._rows(outputs, 1)
 
     def rewind(self, length: int) -> None:
         """Go back to the first `length` tokens, or to none where the states do not allow it: see `past` after."""
         if length == self.past:
             return
-        if length and self._trimmable:
-            kept = [trim(runner.read_states(), past=self.past, length=length) for runner in self._runners]
-            if all(k is not None for k in kept):
-                for runner, states in zip(self._runners, kept, strict=True):
-                    runner.write_states(states or {})
-                self.past = length
+        if length and self.executor.trimmable:
+            kept = trim(self._home.read_states(), length)
+            if kept is not None:
+                self._home.write_states(kept)
+                del self.tokens[length:]
                 return
-        for runner in self._runners:
-            runner.reset()
-        self.past = 0
+        self._home.reset()
+        self.tokens.clear()
+
+    def read_states(self) -> dict[str, Array]:
+        """Copies of all states by id: keys and values `[1, heads, tokens, head_dim]`, and what else a model keeps.
+
+        Raises:
+            DeviceFailedError: a device does not give its cache away.
+        """
+        return self._home.read_states() if self.tokens else {}
+
+    def write_states(self, tokens: Sequence[int], states: Mapping[str, Array]) -> None:
+        """Take over a sequence that another device computed; see `read_states`.
+
+        Raises:
+            DeviceFailedError: a device does not take a cache.
+        """
+        self._home.write_states(states)
+        self.tokens = list(tokens)
+
+    def salvage(self) -> dict[str, Array] | None:
+        """What is left of the states after a failure: all of them as they were before the call that failed, or None."""
+        try:
+            return trim(self._home.read_states(), self.past) if self.tokens else None
+        except DeviceFailedError:
+            return None
+
+    def _enter(self, chain: _Chain) -> None:
+        """Move the cache to the chain that a call goes through."""
+        self.handover_us = 0.0
+        if chain is not self._home:
+            start = time.perf_counter_ns()
+            if self.tokens:
+                chain.take_over(self._home)
+            else:
+                chain.reset()
+            self._home = chain
+            self.handover_us = (time.perf_counter_ns() - start) / 1000
+
+    def _inputs(self, tokens: Sequence[int], past: int, keep: int) -> dict[str, Tensor]:
+        count, total = len(tokens), past + len(tokens)
+        inputs = {**self._decode} if count == 1 and keep == 1 else _token_inputs(count, keep)
+        as_array(inputs["input_ids"])[0] = tokens
+        inputs["attention_mask"] = np.ones((1, total), np.int64)
+        inputs["position_ids"] = np.arange(past, total, dtype=np.int64)[None]
+        return inputs
+
+    def _rows(self, outputs: Mapping[str, Tensor], keep: int) -> Array:
+        output = as_array(next(iter(outputs.values())))
+        return output[0] if self._slices else output[0, -keep:]
+
+
+def _segment(chain: _Chain, stages: range) -> tuple[str, Any]:
+    """Hardware and work of some neighbouring stages, for `edgert.pipeline.Segment`."""
+    last = stages[-1] == len(chain.stages) - 1
+
+    def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        outputs = chain.run(inputs, stages)
+        if last:
+            return outputs
+        # The devices write the next chunk over what they gave for this one.
+        return {name: as_array(tensor).copy() for name, tensor in inputs.items()}
+
+    return chain.stages[stages[0]].placement.config.unit, run
 
 
 def _token_inputs(count: int, keep: int) -> dict[str, Tensor]:
@@ -141,29 +362,3 @@ def _token_inputs(count: int, keep: int) -> dict[str, Tensor]:
         "beam_idx": np.zeros(1, np.int32),
         "logits_to_keep": np.array([keep], np.int64),
     }
-
-
-def _compile(path: Path, graph: BlockGraph | None, plan: Plan) -> list[Stage]:
-    # OpenVINO is imported here, not above: ONNX bundles run without touching it.
-    from edgert.backends.openvino import core
-    from edgert.cutting import cut
-    from edgert.lowering import keep_last_logits
-
-    if graph is None:
-        raise BundleError(f"bundle {path.parent}: it has no block graph")
-    plan.check(graph)
-    backends = [require(p.config) for p in plan.placements]  # before minutes go into compiling for another
-    try:
-        model = core().read_model(path)  # weights stay memory-mapped
-        keep_last_logits(model, graph)
-        submodels = cut(model, graph, [(p.first, p.last) for p in plan.placements])
-        needed = {name for submodel in submodels for port in submodel.inputs for name in port.get_names()}
-        needed -= {name for submodel in submodels for port in submodel.outputs for name in port.get_names()}
-    except RuntimeError as error:  # OpenVINO's only class of errors
-        raise BundleError(f"bundle {path.parent}: {path.name} cannot be read: {cause(error)}") from error
-    if unknown := sorted(needed - INPUTS):
-        raise BundleError(f"bundle {path.parent}: {path.name} wants an input {unknown[0]!r}, which nothing gives")
-    return [
-        Stage(p, backend.compile(submodel, p.config))
-        for p, backend, submodel in zip(plan.placements, backends, submodels, strict=True)
-    ]

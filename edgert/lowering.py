@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import openvino as ov
 import openvino.opset13 as ops
 
 from edgert.graph import BlockGraph, BlockKind
 from edgert.irgraph import IrGraph
-
-KEEP = "logits_to_keep"
+from edgert.shapes import KEEP
 
 
 def keep_last_logits(model: ov.Model, graph: BlockGraph) -> bool:
@@ -40,3 +40,24 @@ def keep_last_logits(model: ov.Model, graph: BlockGraph) -> bool:
     model.add_parameters([keep])
     model.validate_nodes_and_infer_types()
     return True
+
+
+def halve(model: ov.Model, chosen: Callable[[str], bool]) -> None:
+    """Make f32 inputs and outputs f16, in place; between them the device chooses its precision itself.
+
+    Args:
+        chosen: which, by name.
+    """
+    for parameter in model.get_parameters():
+        if parameter.get_element_type() == ov.Type.f32 and chosen(parameter.output(0).get_any_name()):
+            consumers = list(parameter.output(0).get_target_inputs())
+            parameter.set_element_type(ov.Type.f16)
+            wide = ops.convert(parameter, "f32")
+            for consumer in consumers:
+                consumer.replace_source_output(wide.output(0))
+    for result in model.get_results():
+        tensor, name = result.input_value(0), result.output(0).get_any_name()
+        if tensor.get_element_type() == ov.Type.f32 and chosen(name):
+            result.input(0).replace_source_output(ops.convert(tensor, "f16").output(0))
+            result.output(0).set_names({name})
+    model.validate_nodes_and_infer_types()

@@ -12,6 +12,23 @@ Provenance = Literal["measured", "emulated"]
 
 
 @dataclass(frozen=True)
+class Event:
+    """Something that happened while text was generated and that the reader should know.
+
+    Attributes:
+        kind: `failover`: a device failed and another one went on.
+        unit: the hardware, e.g. `NPU`.
+        tokens: tokens of the sequence that had been computed until then.
+        detail: what happened and what was done about it, in one line.
+    """
+
+    kind: Literal["failover"]
+    unit: str
+    tokens: int
+    detail: str
+
+
+@dataclass(frozen=True)
 class Timings:
     """Where the time of a generation went so far, by the process's clock.
 
@@ -21,6 +38,7 @@ class Timings:
         new_tokens: tokens generated.
         prefill_us: inside the devices, for the prompt.
         decode_us: inside the devices, for tokens after the first.
+        handover_us: how much of these two went into moving keys and values from one device to another.
         host_us: everything else: sampling, decoding to text, bookkeeping.
         ttft_us: from the call to the first token.
         provenance: `measured`; `emulated` where a device is, so that these times say nothing of a real one.
@@ -31,6 +49,7 @@ class Timings:
     new_tokens: int
     prefill_us: float
     decode_us: float
+    handover_us: float
     host_us: float
     ttft_us: float
     provenance: Provenance
@@ -63,6 +82,7 @@ class Piece:
         top: the most likely tokens as (id, logprob), best first, if asked for.
         timings: of the whole generation up to here.
         finish_reason: set on the last piece: `stop` (end token or stop string), `length` or `cancelled`.
+        events: what happened since the piece before.
     """
 
     text: str
@@ -71,6 +91,7 @@ class Piece:
     top: tuple[tuple[int, float], ...]
     timings: Timings
     finish_reason: FinishReason | None = None
+    events: tuple[Event, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +104,7 @@ class Result:
         logprobs: of each token, if asked for.
         finish_reason: as in `Piece`.
         timings: as in `Piece`.
+        events: all that happened.
     """
 
     text: str
@@ -90,6 +112,7 @@ class Result:
     logprobs: tuple[float | None, ...]
     finish_reason: FinishReason
     timings: Timings
+    events: tuple[Event, ...] = ()
 
 
 class Clock:
@@ -97,9 +120,23 @@ class Clock:
 
     def __init__(self, provenance: Provenance) -> None:
         self.prompt_tokens = self.reused = self.new_tokens = 0
-        self.prefill_us = self.decode_us = self._ttft_us = self._before_us = 0.0
+        self.prefill_us = self.decode_us = self.handover_us = self._ttft_us = self._before_us = 0.0
+        self.events: list[Event] = []
         self._provenance = provenance
         self._since = time.perf_counter_ns()
+
+    def devices(self, decode: bool, infer_us: float, handover_us: float) -> None:
+        """Add the time of a call into the devices."""
+        if decode:
+            self.decode_us += infer_us
+        else:
+            self.prefill_us += infer_us
+        self.handover_us += handover_us
+
+    def news(self) -> tuple[Event, ...]:
+        """The events since the last call of this."""
+        events, self.events = tuple(self.events), []
+        return events
 
     def checked(self) -> None:
         """Stop between the check of the arguments and the first step."""
@@ -115,6 +152,7 @@ class Clock:
             new_tokens=self.new_tokens,
             prefill_us=self.prefill_us,
             decode_us=self.decode_us,
+            handover_us=self.handover_us,
             host_us=self._before_us - self.prefill_us - self.decode_us,
             ttft_us=self._ttft_us,
             provenance=self._provenance,
@@ -135,4 +173,5 @@ def collect(pieces: Iterator[Piece]) -> Result:
         logprobs=tuple(piece.logprob for piece in generated),
         finish_reason=last.finish_reason,
         timings=last.timings,
+        events=tuple(event for piece in collected for event in piece.events),
     )

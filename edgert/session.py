@@ -12,7 +12,6 @@ import operator
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
@@ -21,11 +20,14 @@ from numpy.typing import NDArray
 
 from edgert.bundle import Bundle
 from edgert.device import DeviceConfig, DeviceKind
+from edgert.engine import Engine
 from edgert.errors import ContextOverflowError, EmptyPromptError, UsageError
-from edgert.executor import Executor, SequenceRun
+from edgert.executor import DEVICE_TIMEOUT_S
+from edgert.kvcache import KvCache
 from edgert.placement import Placement, Plan
 from edgert.results import Clock, FinishReason, Piece, Provenance, Result, collect
 from edgert.sampling import Sampler, SamplingParams
+from edgert.shapes import StaticShapes
 from edgert.text import StreamDecoder, Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
@@ -46,28 +48,25 @@ class Sampling(TypedDict, total=False):
     logprobs: int | None
 
 
-@dataclass(eq=False)
-class _Idle:
-    """A sequence that nobody runs, with the tokens in its KV cache."""
-
-    run: SequenceRun
-    tokens: list[int] = field(default_factory=list)
-
-
 class Model:
     """A loaded bundle. Made by `load`; may be used from several threads."""
 
-    def __init__(self, bundle: Bundle, plan: Plan, *, prefill_chunk: int, max_idle: int) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, *, prefill_chunk: int) -> None:
         self.bundle = bundle
         self.facts = bundle.facts
-        self.plan = plan
         self.tokenizer = Tokenizer.open(bundle.tokenizer_path)
-        self._executor = Executor(bundle, plan)
-        self._provenance: Provenance = "emulated" if self._executor.emulated else "measured"
+        self._engine = engine
         self._chunk = prefill_chunk
-        self._max_idle = max_idle
-        self._idle: list[_Idle] = []
-        self._lock = threading.Lock()
+
+    @property
+    def plan(self) -> Plan:
+        """Where the blocks run now: after the failure of a device this is not what was asked for."""
+        return self._engine.executor.plan
+
+    @property
+    def context_length(self) -> int:
+        """The largest number of tokens, prompt and answer together: the model's, or what static shapes hold."""
+        return self._engine.executor.context
 
     def generate(
         self, prompt: str | Sequence[int], *, cancel: threading.Event | None = None, **sampling: Unpack[Sampling]
@@ -90,7 +89,7 @@ class Model:
     ) -> Iterator[Piece]:
         """Like `generate`, a piece a token. Arguments are checked at once; closing the iterator cancels."""
         self._need("decoder", "generate")
-        clock = Clock(self._provenance)
+        clock = Clock(self._provenance())
         tokens = self._tokens(prompt)
         params = self._check(tokens, sampling)
         decoder = StreamDecoder(self.tokenizer, params.stop, prompt=tokens)
@@ -123,7 +122,7 @@ class Model:
     ) -> Iterator[Piece]:
         """Like `chat`, a piece a token."""
         self._need("decoder", "chat")
-        clock = Clock(self._provenance)
+        clock = Clock(self._provenance())
         tokens = self.tokenizer.encode_chat(messages, tools=tools)
         params = self._check(tokens, sampling)
         clock.checked()
@@ -146,10 +145,10 @@ class Model:
         for tokens in prompts:
             self._check_prompt(tokens, room=0)
         vectors = np.empty((len(prompts), self.facts.hidden_size), np.float32)
-        run = self._executor.open()
+        run = self._engine.executor.open()
         for row, tokens in enumerate(prompts):
             states = run.forward(tokens, keep=len(tokens))
-            run.past = 0  # an encoder keeps nothing
+            run.tokens.clear()  # an encoder keeps nothing
             vector = states[0] if self.facts.pooling == "cls" else states.mean(axis=0)
             vectors[row] = vector / max(float(np.linalg.norm(vector)), 1e-12)
         return vectors
@@ -182,17 +181,43 @@ class Model:
 
     def release(self) -> None:
         """Give back the memory of the KV caches that nobody uses; the next prompts prefill from the start."""
-        with self._lock:
-            self._idle.clear()
+        self._engine.clear()
+
+    def export_cache(self, prompt: str | Sequence[int]) -> KvCache:
+        """The keys and values of a prompt, to park it: in a file, or in memory while the model is unloaded.
+
+        What is not in a cache yet is prefilled. `import_cache` takes it up again, on whatever device.
+
+        Raises:
+            UsageError: the model is recurrent, or a device of the plan does not give its cache away.
+        """
+        self._need("decoder", "export_cache")
+        tokens = self._tokens(prompt)
+        self._check_prompt(tokens, room=0)
+        return self._engine.export(tokens)
+
+    def import_cache(self, cache: KvCache) -> None:
+        """Keep a cache that `export_cache` gave; the next prompt that begins with its tokens goes on from it.
+
+        Raises:
+            UsageError: it belongs to another model, is longer than the context, or the devices take no cache.
+            BundleError: it is damaged.
+        """
+        self._need("decoder", "import_cache")
+        self._engine.adopt(cache)
 
     def score(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Logits `[len(tokens), vocab]` for every position of a token sequence, f32; for parity and quality checks."""
         self._need("decoder", "score")
         tokens = self._tokens(tokens)
         self._check_prompt(tokens, room=0)
-        run = self._executor.open()
-        chunks = [tokens[i : i + self._chunk] for i in range(0, len(tokens), self._chunk)]
+        run = self._engine.executor.open()
+        size = min(self._chunk, run.executor.max_chunk)
+        chunks = [tokens[i : i + size] for i in range(0, len(tokens), size)]
         return np.concatenate([run.forward(chunk, keep=len(chunk)).astype(np.float32) for chunk in chunks])
+
+    def _provenance(self) -> Provenance:
+        return "emulated" if self._engine.executor.emulated else "measured"
 
     def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -209,7 +234,7 @@ class Model:
             raise UsageError(f"{method}: model {self.facts.name!r} is of task {self.facts.task!r}, expected {task!r}")
 
     def _check_prompt(self, tokens: list[int], *, room: int) -> None:
-        limit = self.facts.context_length
+        limit = self.context_length
         if not tokens:
             raise EmptyPromptError("prompt: holds no token, expected at least 1")
         if len(tokens) + room > limit:
@@ -224,7 +249,7 @@ class Model:
     def _check(self, tokens: list[int], sampling: Sampling) -> SamplingParams:
         options: dict[str, Any] = dict(sampling)
         asked = options.get("max_tokens")
-        left = max(1, self.facts.context_length - len(tokens))
+        left = max(1, self.context_length - len(tokens))
         params = SamplingParams(**{**options, "max_tokens": min(DEFAULT_MAX_TOKENS, left) if asked is None else asked})
         self._check_prompt(tokens, room=params.max_tokens)
         return params
@@ -239,21 +264,16 @@ class Model:
     ) -> Iterator[Piece]:
         cancel = cancel or threading.Event()
         clock.resume()
-        idle = self._take(tokens)
-        clock.prompt_tokens, clock.reused = len(tokens), len(idle.tokens)
+        run = self._engine.take(tokens)
+        clock.prompt_tokens, clock.reused = len(tokens), run.past
         sampler = Sampler(params)
         history = list(tokens)
         healthy = False  # a sequence that a device failed on, or that was left in the middle, is not used again
         try:
-            for start in range(len(idle.tokens), len(tokens), self._chunk):
-                if cancel.is_set():
-                    break
-                chunk = tokens[start : start + self._chunk]
-                logits = idle.run.forward(chunk)
-                idle.tokens += chunk
-                clock.prefill_us += idle.run.infer_us
-            reason: FinishReason | None = "cancelled" if cancel.is_set() else None
+            run, logits = self._engine.advance(run, history, clock, cancel)
+            reason: FinishReason | None = "cancelled" if logits is None or cancel.is_set() else None
             while reason is None:
+                assert logits is not None
                 sampled = sampler.sample(logits[0], history)
                 token = sampled.token
                 history.append(token)
@@ -269,42 +289,17 @@ class Model:
                 if reason is not None and not decoder.finished:
                     text += decoder.flush()
                 healthy = True
-                yield Piece(text, token, sampled.logprob, sampled.top, clock.pause(), reason)
+                yield Piece(text, token, sampled.logprob, sampled.top, clock.pause(), reason, clock.news())
                 healthy = False
                 clock.resume()
                 if reason is None:
-                    logits = idle.run.forward([token])
-                    idle.tokens.append(token)
-                    clock.decode_us += idle.run.infer_us
+                    run, logits = self._engine.advance(run, history, clock)
             healthy = True
             if not clock.new_tokens:
-                yield Piece("", None, None, (), clock.pause(), reason)
+                yield Piece("", None, None, (), clock.pause(), reason, clock.news())
         finally:
-            if healthy and idle.tokens:
-                self._give_back(idle)
-
-    def _take(self, tokens: list[int]) -> _Idle:
-        """The idle sequence with the longest common beginning, cut back to it; a fresh one where there is none."""
-        with self._lock:
-            best = max(self._idle, key=lambda idle: _common(idle.tokens, tokens), default=None)
-            if best is not None:
-                common = _common(best.tokens, tokens)
-                if 2 * common < len(best.tokens) and common < len(tokens) - 1:
-                    # Another conversation's cache: leave it, or, where there is no room for one more, take the oldest.
-                    best = self._idle[0] if len(self._idle) >= self._max_idle else None
-            if best is not None:
-                self._idle.remove(best)
-        if best is None:
-            return _Idle(self._executor.open())
-        # At least one token must run to give logits.
-        best.run.rewind(min(_common(best.tokens, tokens), len(tokens) - 1))
-        del best.tokens[best.run.past :]
-        return best
-
-    def _give_back(self, idle: _Idle) -> None:
-        with self._lock:
-            self._idle.append(idle)
-            del self._idle[: len(self._idle) - self._max_idle]
+            if healthy and run.tokens:
+                self._engine.give_back(run)
 
 
 def load(
@@ -315,6 +310,9 @@ def load(
     place: str | None = None,
     prefill_chunk: int = 512,
     max_idle: int = 4,
+    fallback: str | DeviceConfig | None = "CPU",
+    static_shapes: StaticShapes | None = None,
+    device_timeout_s: float = DEVICE_TIMEOUT_S,
     verify: bool = False,
 ) -> Model:
     """Load a bundle.
@@ -327,6 +325,11 @@ def load(
         place: an explicit placement, e.g. `attention=CPU@bf16,ffn=CPU@f32`; see `Plan.explicit`.
         prefill_chunk: tokens of a prompt that are prefilled in one go, at least 1.
         max_idle: sequences that keep their KV cache when nobody runs them; see also `Model.release`.
+        fallback: the configuration that takes over when a GPU or NPU fails, hangs or gives NaN while text is generated;
+            the event is in the result and in the log. None lets the error through.
+        static_shapes: chunks and buckets for devices with static shapes (NPU); the default is `StaticShapes()`.
+        device_timeout_s: seconds that a call into a GPU or NPU may take before it counts as hung; its first call may
+            take ten times as long, as it may compile kernels.
         verify: compare every file with its hash first.
 
     Raises:
@@ -338,7 +341,18 @@ def load(
             raise UsageError(f"{name} is {value!r}, expected a whole number from {least}")
     bundle = Bundle.open(Path(path), verify=verify)
     chosen = choose_plan(bundle, plan=plan, device=device, place=place)
-    return Model(bundle, chosen, prefill_chunk=prefill_chunk, max_idle=max_idle)
+    if not device_timeout_s > 0:
+        raise UsageError(f"device_timeout_s is {device_timeout_s!r}, expected a positive number")
+    engine = Engine(
+        bundle,
+        chosen,
+        chunk=prefill_chunk,
+        max_idle=max_idle,
+        fallback=_config(fallback),
+        shapes=static_shapes,
+        timeout_s=device_timeout_s,
+    )
+    return Model(bundle, engine, prefill_chunk=prefill_chunk)
 
 
 def choose_plan(
@@ -361,18 +375,12 @@ def choose_plan(
             raise UsageError(f"place: bundle {bundle.path} runs whole, it has no blocks to place")
         return Plan.explicit(graph, place)
     default = DeviceKind.ORT if bundle.facts.format == "onnx" else DeviceKind.CPU
-    if device is None:
-        device = str(default)
-    config = device if isinstance(device, DeviceConfig) else DeviceConfig.parse(str(device))
+    config = _config(device) or DeviceConfig.parse(str(default))
     return Plan.single(graph, config) if graph else Plan((Placement(0, 0, config),), f"single device {config}")
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+def _config(device: str | DeviceConfig | None) -> DeviceConfig | None:
+    return DeviceConfig.parse(device) if isinstance(device, str) else device
 
 
 async def _in_thread(work: Callable[[threading.Event], T]) -> T:

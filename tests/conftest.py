@@ -28,6 +28,13 @@ def demo(demo_path: Path) -> Model:
     return edgert.load(demo_path, device="CPU@f32")
 
 
+@pytest.fixture(scope="session")
+def book(demo: Model) -> list[int]:
+    """A text of more than a thousand tokens."""
+    pages = (Path(__file__).parents[1] / name for name in ("README.md", "docs/architecture.md"))
+    return demo.tokenizer.encode("\n".join(page.read_text("utf-8") for page in pages))
+
+
 @pytest.fixture
 def fake_bundle(tmp_path: Path) -> Callable[..., Path]:
     """Writes bundles whose model is no model: for what happens before a model is read."""

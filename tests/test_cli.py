@@ -28,8 +28,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 def test_devices(capsys: pytest.CaptureFixture[str]) -> None:
     assert "CPU@f32" in run(capsys, "devices")[1]
     listed = json.loads(run(capsys, "devices", "--json")[1])
-    assert "CPU@f32" in next(d for d in listed if d["name"] == "CPU")["configs"]
-    assert next(d for d in listed if d["name"] == "SIM")["emulated"]
+    present = {device["name"]: device for device in listed["devices"]}
+    assert "CPU@f32" in present["CPU"]["configs"]
+    assert present["SIM"]["emulated"]
+    kinds = {name.partition(".")[0] for name in present} | {absence["kind"] for absence in listed["absent"]}
+    assert kinds == {"CPU", "GPU", "NPU", "ORT", "SIM"}
 
 
 def test_inspect(capsys: pytest.CaptureFixture[str], demo_path: Path) -> None:
@@ -276,7 +279,7 @@ def test_interrupt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("edgert.cli.devices.devices", interrupt)
+    monkeypatch.setattr("edgert.cli.devices.survey", interrupt)
     code, _, err = run(capsys, "devices")
     assert code == 130
     assert err == "edgert: interrupted\n"

@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ import pytest
 import edgert
 from edgert import native
 from edgert.cli import doctor
+from edgert.device import DeviceKind
+from edgert.discovery import Absence
+from edgert.npu.compiler import Candidate, Compiler
 
 
 def run(*arguments: str) -> int:
@@ -148,23 +152,88 @@ def fake_openvino(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) ->
 
 def test_driver_that_aborts_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_openvino(tmp_path, monkeypatch, "import os, sys\nprint('LLVM ERROR', file=sys.stderr)\nos._exit(134)")
-    check = doctor.check_devices()
-    assert check == doctor.Check("devices", False, "listing them failed (exit status 134): LLVM ERROR")
+    assert doctor.check_devices() == [
+        doctor.Check("devices", False, "listing them failed (exit status 134): LLVM ERROR")
+    ]
 
 
 def test_driver_that_hangs_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_openvino(tmp_path, monkeypatch, "import threading\nthreading.Event().wait()")
     monkeypatch.setattr(doctor, "DEVICES_TIMEOUT_S", 0.5)
-    check = doctor.check_devices()
+    [check] = doctor.check_devices()
     assert check.ok is False
     assert check.detail == "listing them took over 0.5 s"
 
 
 def test_no_cpu_device_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_openvino(tmp_path, monkeypatch, "class Core:\n    available_devices = []")
-    check = doctor.check_devices()
+    check, *_ = doctor.check_devices()
     assert check.ok is False
     assert check.detail == "OpenVINO reports no CPU device (found: none)"
+
+
+LISTING = """
+class Core:
+    available_devices = ["CPU", "GPU.0", "GPU.1"]
+
+    def get_property(self, device, name):
+        return {"CPU": "c", "GPU.0": "integrated", "GPU.1": "discrete"}[device]
+"""
+
+
+def test_accelerators_are_checked_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_openvino(tmp_path, monkeypatch, LISTING)
+    npu = Absence(DeviceKind.NPU, "no permission", "join the group render")
+    asked: list[set[DeviceKind]] = []
+
+    def absences(present: set[DeviceKind]) -> list[Absence]:
+        asked.append(present)
+        return [npu, Absence(DeviceKind.ORT, "not installed", "install it")]
+
+    monkeypatch.setattr("edgert.discovery.absences", absences)
+    assert doctor.check_devices() == [
+        doctor.Check("devices", True, "CPU: c; GPU.0: integrated; GPU.1: discrete"),
+        doctor.Check("GPU", True, "integrated; discrete"),
+        doctor.Check("NPU", None, "no permission", "join the group render"),
+    ]
+    assert asked == [{DeviceKind.GPU}]
+
+
+def candidates(monkeypatch: pytest.MonkeyPatch, *found: Candidate) -> None:
+    monkeypatch.setattr("edgert.npu.compiler.find_all", lambda: list(found))
+
+
+def test_npu_compiler_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = Compiler("wine", "plugin-2026.4.1", ("wine64",))
+    candidates(
+        monkeypatch, Candidate("openvino", None, "has none", None), Candidate("wine", compiler, "in a prefix", None)
+    )
+    assert doctor.check_npu_compiler() == doctor.Check("NPU compiler", True, "wine: in a prefix")
+
+
+def test_npu_compiler_that_is_not_there_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = "edgert doctor --setup npu-compiler"
+    candidates(
+        monkeypatch, Candidate("openvino", None, "has none", None), Candidate("wine", None, "not set up", command)
+    )
+    check = doctor.check_npu_compiler()
+    assert check.ok is None
+    assert check.detail == "openvino: has none; wine: not set up"
+    assert check.remedy == f"to compile blobs for NPUs here: {command}"
+
+
+def test_setup_of_the_npu_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def setup(progress: Callable[[str], None]) -> Path:
+        progress("downloading [b]")
+        return tmp_path
+
+    monkeypatch.setattr("edgert.npu.setup.setup", setup)
+    assert run("--setup", "npu-compiler") == 0
+    out, err = capsys.readouterr()
+    assert out == f"the NPU compiler is ready: {tmp_path}\n"
+    assert err == "downloading [b]\n"
 
 
 def test_broken_onnxruntime_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

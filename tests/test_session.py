@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import edgert
-from edgert.backends.simulated import SimulatedBackend
+from edgert.backends.simulated import Fault, SimulatedBackend
 from edgert.errors import (
     ContextOverflowError,
     DeviceFailedError,
@@ -227,11 +227,11 @@ def test_a_cancelled_task_ends_its_generation(demo: Model, monkeypatch: pytest.M
 def test_a_failing_device_is_an_error_and_the_model_lives_on(
     demo_path: Path, demo: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = SimulatedBackend(fail_after=5)
+    backend = SimulatedBackend(Fault(5))
     monkeypatch.setattr("edgert.backends._load", lambda module, load=edgert.backends._load: (
         backend if module == "simulated" else load(module)
     ))  # fmt: skip
-    model = edgert.load(demo_path, place="ffn=SIM@f32,attention=CPU@f32")
+    model = edgert.load(demo_path, place="ffn=SIM@f32,attention=CPU@f32", fallback=None)
     with pytest.raises(DeviceFailedError, match="SIM@f32 failed"):
         model.generate(PROMPT, max_tokens=8)
     assert model.generate(PROMPT, max_tokens=3).tokens == demo.generate(PROMPT, max_tokens=3).tokens
@@ -280,7 +280,7 @@ def test_a_cancelled_prefill_keeps_no_empty_cache(demo_path: Path) -> None:
     cancel = threading.Event()
     cancel.set()
     model.generate("Something else entirely", cancel=cancel)
-    assert model._idle == [] or model._idle[0].tokens
+    assert all(run.tokens for run in model._engine._idle)
 
 
 def test_time_to_first_token_counts_from_the_call(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,10 +291,10 @@ def test_time_to_first_token_counts_from_the_call(demo: Model, monkeypatch: pyte
 
 
 def test_only_the_last_logits_are_computed(demo: Model) -> None:
-    run = demo._executor.open()
+    run = demo._engine.executor.open()
     prompt = demo.tokenizer.encode(PROMPT)
     assert run.forward(prompt).shape == (1, demo.facts.vocab_size)
-    assert run._runners[-1]._request.get_output_tensor(0).shape == [1, 1, demo.facts.vocab_size]
+    assert run._home.runners[-1]._request.get_output_tensor(0).shape == [1, 1, demo.facts.vocab_size]
 
 
 @pytest.mark.parametrize("token", [-1, 4096, 2**40])

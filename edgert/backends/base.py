@@ -58,6 +58,14 @@ class Runner(Protocol):
         ...
 
 
+class TensorRunner(Runner, Protocol):
+    """A runner of a submodel with static shapes."""
+
+    def input_tensor(self, name: str) -> Tensor:
+        """The runner's own memory for an input, where the device reads it without a copy if it can."""
+        ...
+
+
 class Compiled(Protocol):
     """A submodel compiled for one device configuration; makes any number of runners."""
 
@@ -70,6 +78,12 @@ class Compiled(Protocol):
         ...
 
     def runner(self) -> Runner: ...
+
+
+class TensorCompiled(Compiled, Protocol):
+    """A submodel with static shapes, compiled."""
+
+    def runner(self) -> TensorRunner: ...
 
 
 class Backend(Protocol):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import openvino as ov
 
 from edgert.backends.base import Array, Tensor
 from edgert.device import DEFAULT_VARIANTS, DeviceConfig, DeviceInfo, DeviceKind
 from edgert.errors import DeviceFailedError, cause
+from edgert.graph import Block
 
 # What each configuration means to OpenVINO, and the capability the device must report for it.
 # https://docs.openvino.ai/2026/openvino-workflow/running-inference/optimize-inference/precision-control.html
@@ -29,13 +31,21 @@ _PROPERTIES: dict[DeviceKind, dict[str, tuple[dict[str, str], str]]] = {
         # The plugin's own defaults at f32: activations of compressed layers quantized to INT8, KV cache in u8.
         "f32+dq": ({"INFERENCE_PRECISION_HINT": "f32"}, "FP32"),
         "bf16": ({"INFERENCE_PRECISION_HINT": "bf16"}, "BF16"),
+        # Static shapes, keys and values as tensors: an NPU's submodels in its stead, exactly. Without snippets, because
+        # in 2026.4.1 they attend wrongly where a chunk has as many tokens as the model has heads.
+        "f32+static": (
+            {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "SNIPPETS_MODE": "DISABLE"},
+            "FP32",
+        ),
     },
     DeviceKind.GPU: {
         "f16": ({"INFERENCE_PRECISION_HINT": "f16"}, "FP16"),
         "f32": ({"INFERENCE_PRECISION_HINT": "f32"}, "FP32"),
+        # Keys and values as tensors of the host: they can be written, so a sequence can come from another device.
+        "f16+static": ({"INFERENCE_PRECISION_HINT": "f16"}, "FP16"),
+        "f32+static": ({"INFERENCE_PRECISION_HINT": "f32"}, "FP32"),
     },
-    # An NPU wants static shapes, which submodels do not have yet: it is shown, and no plan can use it.
-    DeviceKind.NPU: {},
+    DeviceKind.NPU: {"f16": ({}, "FP16")},
 }
 
 
@@ -69,6 +79,11 @@ class OpenVinoRunner:
             return {name: request.get_tensor(port) for name, port in self._outputs}
         except RuntimeError as error:
             raise DeviceFailedError(f"{self._config} failed: {cause(error)}") from error
+
+    def input_tensor(self, name: str) -> ov.Tensor:
+        with _failing(self._config):
+            tensor = self._bound[name] = self._request.get_tensor(dict(self._inputs)[name])
+        return tensor
 
     def read_states(self) -> dict[str, Array]:
         with _failing(self._config):
@@ -106,9 +121,15 @@ class OpenVinoBackend:
     """See `edgert.backends.base.Backend`."""
 
     def devices(self) -> list[DeviceInfo]:
-        return [_info(name) for name in core().available_devices if _kind(name) in _PROPERTIES]
+        found = []
+        for name in core().available_devices:
+            # A driver that is half there lists a device and then fails to describe it. That must not cost the others.
+            with suppress(RuntimeError):
+                if _kind(name) in _PROPERTIES:
+                    found.append(_info(name))
+        return found
 
-    def compile(self, model: ov.Model | Path, config: DeviceConfig) -> OpenVinoCompiled:
+    def compile(self, model: ov.Model | Path, config: DeviceConfig, blocks: Sequence[Block] = ()) -> OpenVinoCompiled:
         properties = _PROPERTIES[config.kind][config.variant][0]
         try:
             if isinstance(model, Path):
@@ -142,8 +163,43 @@ def _info(name: str) -> DeviceInfo:
         variants=tuple(sorted(variants, key=lambda v: v != default)),
         # An OpenCL layer that presents a CPU as a GPU says so in its name.
         emulated="emulated" in full_name.lower(),
-        details={"capabilities": " ".join(capabilities), **({} if variants else {"note": "not used by this version"})},
+        details={
+            "capabilities": " ".join(capabilities),
+            **_details(name, kind),
+            **({} if variants else {"note": "not used by this version"}),
+        },
     )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+# What to tell of a device: what it is called, OpenVINO's property, and how its value reads.
+_DETAILS: dict[DeviceKind, tuple[tuple[str, str, Callable[[Any], str]], ...]] = {
+    DeviceKind.GPU: (
+        ("type", "DEVICE_TYPE", lambda value: value.name.lower()),
+        ("architecture", "GPU_UARCH_VERSION", str),
+        ("execution units", "GPU_EXECUTION_UNITS_COUNT", str),
+        ("memory", "GPU_DEVICE_TOTAL_MEM_SIZE", _gib),
+        ("largest allocation", "GPU_DEVICE_MAX_ALLOC_MEM_SIZE", _gib),
+    ),
+    DeviceKind.NPU: (
+        ("platform", "DEVICE_ARCHITECTURE", str),
+        ("tiles", "NPU_MAX_TILES", str),
+        ("memory", "NPU_DEVICE_TOTAL_MEM_SIZE", _gib),
+        ("driver", "NPU_DRIVER_VERSION", str),
+        ("compiler", "NPU_COMPILER_VERSION", lambda value: f"{value >> 16}.{value & 0xFFFF}"),
+    ),
+}
+
+
+def _details(name: str, kind: DeviceKind) -> dict[str, str]:
+    found = {}
+    for label, key, read in _DETAILS.get(kind, ()):
+        with suppress(RuntimeError):  # older drivers do not know every property
+            found[label] = read(core().get_property(name, key))
+    return found
 
 
 @contextmanager

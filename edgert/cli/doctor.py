@@ -16,6 +16,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from edgert.cli.options import Subparsers, console, print_json
+from edgert.device import DeviceKind
 
 DEVICES_TIMEOUT_S = 60
 COMPILERS = ("c++", "g++", "clang++", "cl")
@@ -42,7 +43,7 @@ def checks() -> list[Check]:
     """Look at everything, most basic first. Never raises for what it finds; imports no package of `edgert[compile]`."""
     found = [check_python(), check_openvino()]
     if _version("openvino") is not None:
-        found += [check_kernels(), check_devices()]
+        found += [check_kernels(), *check_devices(), check_npu_compiler()]
     return [*found, check_compile_packages(), *check_torchvision(), check_onnxruntime()]
 
 
@@ -87,7 +88,8 @@ def check_kernels() -> Check:
     return Check("native kernels", None, detail, f"{install}, then, {again}")
 
 
-def check_devices() -> Check:
+def check_devices() -> list[Check]:
+    """What OpenVINO lists; if it can list, also a GPU and an NPU each, and why one is absent."""
     # A child, because a broken driver can hang or abort the process that asks for its devices.
     ask = "import json,openvino as v;c=v.Core();"
     ask += "print(json.dumps({d:c.get_property(d,'FULL_DEVICE_NAME') for d in c.available_devices}))"
@@ -96,17 +98,43 @@ def check_devices() -> Check:
             [sys.executable, "-c", ask], capture_output=True, text=True, timeout=DEVICES_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return Check("devices", False, f"listing them took over {DEVICES_TIMEOUT_S} s", "update or remove the driver")
+        detail = f"listing them took over {DEVICES_TIMEOUT_S} s"
+        return [Check("devices", False, detail, "update or remove the driver of the GPU or of the NPU")]
     if child.returncode != 0:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        return Check("devices", False, f"listing them failed (exit status {child.returncode}): {last}")
+        return [Check("devices", False, f"listing them failed (exit status {child.returncode}): {last}")]
     devices: dict[str, str] = json.loads(child.stdout)
     detail = "; ".join(f"{name}: {full.strip()}" for name, full in devices.items())
+    check = Check("devices", True, detail)
     if "CPU" not in devices:
-        return Check(
-            "devices", False, f"OpenVINO reports no CPU device (found: {detail or 'none'})", "reinstall openvino"
-        )
-    return Check("devices", True, detail)
+        detail = f"OpenVINO reports no CPU device (found: {detail or 'none'})"
+        check = Check("devices", False, detail, "reinstall openvino")
+    return [check, *_accelerators(devices)]
+
+
+def _accelerators(devices: dict[str, str]) -> list[Check]:
+    from edgert.discovery import absences
+
+    names: dict[str, list[str]] = {DeviceKind.GPU: [], DeviceKind.NPU: []}
+    for name, full in devices.items():
+        names.get(name.partition(".")[0], []).append(full.strip())
+    present = {DeviceKind(kind) for kind, found in names.items() if found}
+    checks = [Check(kind, True, "; ".join(names[kind])) for kind in sorted(present)]
+    # Onnxruntime has its own check, which tells more.
+    return checks + [Check(a.kind, None, a.reason, a.remedy) for a in absences(present) if a.kind in names]
+
+
+def check_npu_compiler() -> Check:
+    """Whether blobs for NPUs can be compiled here, which needs no NPU."""
+    from edgert.npu import compiler
+
+    found = compiler.find_all()
+    there = [f"{c.name}: {c.detail}" for c in found if c.available]
+    if there:
+        return Check("NPU compiler", True, "; ".join(there))
+    detail = "; ".join(f"{c.name}: {c.detail}" for c in found)
+    remedies = " or ".join(dict.fromkeys(c.remedy for c in found if c.remedy))
+    return Check("NPU compiler", None, detail, f"to compile blobs for NPUs here: {remedies}" if remedies else None)
 
 
 def check_compile_packages() -> Check:
@@ -154,16 +182,32 @@ def add_parser(subparsers: Subparsers) -> None:
         "needs does not work; what is merely optional and absent does not count.",
     )
     parser.add_argument("--json", action="store_true", help="print the findings as a JSON list")
+    parser.add_argument(
+        "--setup",
+        choices=("npu-compiler",),
+        help="set up what is missing, instead of checking: npu-compiler is Intel's compiler for NPUs, under Wine",
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.setup:
+        return _set_up_npu_compiler()
     found = checks()
     if options.json:
         print_json([asdict(check) for check in found])
     else:
         _print(found)
     return 1 if any(check.ok is False for check in found) else 0
+
+
+def _set_up_npu_compiler() -> int:
+    from edgert.npu.setup import setup
+
+    progress = console(stderr=True)
+    path = setup(lambda stage: progress.print(stage, soft_wrap=True))
+    console().print(f"the NPU compiler is ready: {path}", soft_wrap=True)
+    return 0
 
 
 def _print(found: Sequence[Check]) -> None:

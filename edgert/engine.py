@@ -1,0 +1,191 @@
+"""Keeps sequences going: finds a KV cache that can be used again, and another device when one fails."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+
+from edgert.backends.base import Array
+from edgert.bundle import Bundle
+from edgert.device import DeviceConfig
+from edgert.errors import BundleError, DeviceError, DeviceFailedError, DeviceNonsenseError, UsageError
+from edgert.executor import DEVICE_TIMEOUT_S, Executor, SequenceRun
+from edgert.kvcache import TOKEN_AXIS, KvCache, trim
+from edgert.placement import Plan
+from edgert.results import Clock, Event
+from edgert.shapes import StaticShapes
+
+log = logging.getLogger("edgert")
+
+
+class Engine:
+    """A bundle on a plan, with its idle sequences; may be used from several threads.
+
+    Args:
+        chunk: tokens of a prompt that are prefilled in one go.
+        max_idle: sequences that keep their KV cache when nobody runs them.
+        fallback: what takes over from a device that fails; None to let the error through.
+        shapes, timeout_s: see `Executor`.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        plan: Plan,
+        *,
+        chunk: int,
+        max_idle: int,
+        fallback: DeviceConfig | None,
+        shapes: StaticShapes | None = None,
+        timeout_s: float = DEVICE_TIMEOUT_S,
+    ) -> None:
+        self._bundle = bundle
+        self._chunk = chunk
+        self._max_idle = max_idle
+        self._fallback = fallback
+        self._shapes = shapes
+        self._timeout_s = timeout_s
+        self._idle: list[SequenceRun] = []
+        self._lock = threading.Lock()
+        self._replacing = threading.Lock()
+        self.executor = self._execute(plan)
+
+    def take(self, tokens: Sequence[int]) -> SequenceRun:
+        """The idle sequence with the longest common beginning, cut back to it; a fresh one where there is none.
+
+        It is cut back by at least one token of the prompt, as only a token that runs gives logits.
+        """
+        with self._lock:
+            best = max(self._idle, key=lambda run: _common(run.tokens, tokens), default=None)
+            if best is not None:
+                common = _common(best.tokens, tokens)
+                if 2 * common < best.past and common < len(tokens) - 1:
+                    # Another conversation's cache: leave it, or, where there is no room for one more, take the oldest.
+                    best = self._idle[0] if len(self._idle) >= self._max_idle else None
+            if best is not None:
+                self._idle.remove(best)
+        if best is None:
+            return self.executor.open()
+        try:
+            best.rewind(min(_common(best.tokens, tokens), len(tokens) - 1))
+        except DeviceFailedError:  # if the device is gone, the first call of a fresh sequence will tell
+            return self.executor.open()
+        return best
+
+    def give_back(self, run: SequenceRun) -> None:
+        """Keep a sequence for later prompts, the oldest ones make room."""
+        with self._lock:
+            if run.executor is self.executor:
+                self._idle.append(run)
+                del self._idle[: len(self._idle) - self._max_idle]
+
+    def clear(self) -> None:
+        """Drop all idle sequences."""
+        with self._lock:
+            self._idle.clear()
+
+    def advance(
+        self, run: SequenceRun, tokens: Sequence[int], clock: Clock, cancel: threading.Event | None = None
+    ) -> tuple[SequenceRun, Array | None]:
+        """Let a sequence catch up with `tokens`, which begin with its own; on another device if this one fails.
+
+        Returns:
+            The sequence, a new one if a device failed, and `[1, vocab]` logits after the last token; None where it was
+            cancelled.
+
+        Raises:
+            DeviceFailedError: the device failed and nothing can take over.
+        """
+        while True:
+            rest = tokens[run.past :]
+            try:
+                if len(rest) == 1:
+                    logits: Array | None = run.forward(rest)
+                else:
+                    logits = run.prefill(rest, chunk=self._chunk, cancel=cancel)
+                return run, logits
+            except DeviceFailedError as error:
+                run = self._fail_over(run, error, clock)
+            finally:
+                clock.devices(len(tokens) > clock.prompt_tokens, run.infer_us, run.handover_us)
+
+    def _fail_over(self, run: SequenceRun, error: DeviceFailedError, clock: Clock) -> SequenceRun:
+        unit, fallback = error.unit, self._fallback
+        if unit is None or fallback is None or unit == fallback.unit or self._bundle.facts.format == "onnx":
+            raise error
+        with self._replacing:  # one thread compiles, the others that saw the same device fail wait for it
+            if unit in {config.unit for config in self.executor.plan.configs}:
+                try:
+                    self.replace(self._execute(self.executor.plan.replaced(unit, fallback, f"{error}")))
+                except DeviceError as second:
+                    raise error from second
+        states = None if isinstance(error, DeviceNonsenseError) else run.salvage()
+        fresh = self.executor.open()
+        if states is not None and run.tokens and self.executor.movable:
+            fresh.write_states(run.tokens, states)
+        done = "keys and values were moved" if fresh.tokens else "the tokens are prefilled again"
+        event = Event("failover", unit, run.past, f"{error}; {fallback} goes on, {done}")
+        log.warning("failover at token %d: %s", event.tokens, event.detail)
+        clock.events.append(event)
+        return fresh
+
+    def replace(self, executor: Executor) -> None:
+        """Let new sequences run on another executor; those that run go on where they are."""
+        with self._lock:
+            self.executor = executor
+            self._idle.clear()
+
+    def export(self, tokens: Sequence[int]) -> KvCache:
+        """The keys and values of a sequence; what is not in a cache yet is prefilled.
+
+        Raises:
+            UsageError: the model keeps more than a cache, or a device does not give it away.
+        """
+        if not self.executor.trimmable:
+            raise UsageError(
+                "KV cache: it cannot be exported, the model is recurrent, or a device keeps it to itself (use its "
+                "+static configuration)"
+            )
+        run, _ = self.advance(self.take(tokens), tokens, Clock("measured"))
+        states = trim(run.read_states(), len(tokens))
+        self.give_back(run)
+        assert states is not None
+        return KvCache(self._bundle.fingerprint, tuple(tokens), states)
+
+    def adopt(self, cache: KvCache) -> None:
+        """Keep a cache, from wherever it comes, for the prompts that begin with its tokens.
+
+        Raises:
+            UsageError: it belongs to another model, is longer than the context, or cannot be written here.
+        """
+        if cache.model != self._bundle.fingerprint:
+            raise UsageError(f"KV cache: it belongs to model {cache.model}, this one is {self._bundle.fingerprint}")
+        if not cache.tokens or len(cache.tokens) > self.executor.context:
+            raise UsageError(f"KV cache: holds {len(cache.tokens)} tokens, expected 1 to {self.executor.context}")
+        if not self.executor.trimmable:
+            raise UsageError("KV cache: it cannot be written into a device of this plan; use its +static configuration")
+        self._check(cache.states, len(cache.tokens))
+        run = self.executor.open()
+        run.write_states(cache.tokens, cache.states)
+        self.give_back(run)
+
+    def _check(self, states: Mapping[str, Array], tokens: int) -> None:
+        graph = self._bundle.graph
+        known = {state for block in graph.blocks for state in block.states} if graph else set()
+        if known != set(states):
+            raise BundleError(f"KV cache: holds {len(states)} states, the model has {len(known)}")
+        for name, rows in states.items():
+            if rows.ndim != 4 or rows.shape[0] != 1 or rows.shape[TOKEN_AXIS] != tokens:
+                raise BundleError(f"KV cache: state {name!r} is {list(rows.shape)} for {tokens} tokens")
+
+    def _execute(self, plan: Plan) -> Executor:
+        return Executor(self._bundle, plan, shapes=self._shapes, timeout_s=self._timeout_s)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

@@ -1,0 +1,163 @@
+"""From a plan to compiled submodels: one chain of stages for each phase, what both have in common compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, cast
+
+from edgert.backends import require
+from edgert.backends.base import Backend, Compiled, Runner, TensorCompiled, TensorRunner
+from edgert.bucketed import StaticCompiled
+from edgert.bundle import Bundle
+from edgert.device import DeviceConfig
+from edgert.errors import BundleError, cause
+from edgert.graph import BOUNDARY, Block, BlockGraph, BlockKind
+from edgert.guard import guarded
+from edgert.placement import Placement, Plan
+from edgert.shapes import KEEP, Axes, StaticShape, StaticShapes
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A placement, compiled."""
+
+    placement: Placement
+    compiled: Compiled
+
+
+Chains = tuple[tuple[Stage, ...], ...]
+
+
+def groups(graph: BlockGraph, plan: Plan) -> list[tuple[Placement, ...]]:
+    """The submodels of each phase: the plan's placements, cut further where that saves memory or work.
+
+    Where a configuration has other limits in the other phase, both phases are cut there, so that they can share what
+    was compiled and hold the weights once. With static shapes the head is a submodel of its own, as it takes one row
+    where the others take a whole chunk.
+    """
+    starts: dict[DeviceConfig, set[int]] = {}
+    for placements in plan.phases.values():
+        for p in placements:
+            starts.setdefault(p.config, set()).update((p.first, p.last + 1))
+    found = []
+    for placements in plan.phases.values():
+        pieces: list[Placement] = []
+        for p in placements:
+            inside = {s for s in starts[p.config] if p.first < s <= p.last}
+            if p.config.static and graph.blocks[p.last].kind is BlockKind.HEAD and p.first < p.last:
+                inside.add(p.last)
+            edges = [p.first, *sorted(inside), p.last + 1]
+            pieces += [replace(p, first=a, last=b - 1) for a, b in pairwise(edges)]
+        found.append(tuple(pieces))
+    return found
+
+
+def build(
+    bundle: Bundle,
+    graph: BlockGraph,
+    plan: Plan,
+    shapes: StaticShapes | None,
+    available: Collection[str],
+    timeout_s: float,
+) -> Chains:
+    """Compile a plan.
+
+    Args:
+        shapes: for static stages; None where there are none.
+        available: inputs that a sequence can give.
+        timeout_s: how long a device may take for a call; see `edgert.guard`.
+
+    Raises:
+        BundleError: the model file is damaged, or wants an input that is not available.
+        DeviceError, PlanError: see `edgert.executor.Executor`.
+    """
+    from edgert.backends.openvino import core
+    from edgert.lowering import keep_last_logits
+
+    backends = {config: require(config) for config in plan.configs}  # before minutes go into compiling for another
+    path = bundle.model_path
+    try:
+        model = core().read_model(path)  # weights stay memory-mapped
+        keep_last_logits(model, graph)
+        phases = [(placements, _cut(model, graph, placements)) for placements in groups(graph, plan)]
+        needed = {
+            name for _, cut in phases for submodel in cut for port in submodel.inputs for name in port.get_names()
+        }
+        needed -= {
+            name for _, cut in phases for submodel in cut for port in submodel.outputs for name in port.get_names()
+        }
+    except RuntimeError as error:  # OpenVINO's only class of errors
+        raise BundleError(f"bundle {bundle.path}: {path.name} cannot be read: {cause(error)}") from error
+    if unknown := sorted(needed - set(available)):
+        raise BundleError(f"bundle {bundle.path}: {path.name} wants an input {unknown[0]!r}, which nothing gives")
+    made: dict[tuple[object, ...], Stage] = {}
+    chains = []
+    for placements, submodels in phases:
+        axes = _axes(submodels[0], placements)
+        for p, submodel in zip(placements, submodels, strict=True):
+            key = _key(p, submodel)
+            if key not in made:
+                blocks = graph.blocks[p.first : p.last + 1]
+                compiled = _compile(backends[p.config], submodel, p.config, blocks, axes, shapes, timeout_s)
+                made[key] = Stage(p, compiled)
+        chains.append(tuple(made[_key(p, submodel)] for p, submodel in zip(placements, submodels, strict=True)))
+    for phase, chain in (("prefill", chains[0]), ("decode", chains[-1])):
+        for stage in chain:
+            if isinstance(stage.compiled, StaticCompiled):
+                stage.compiled.prepare(prefill=phase == "prefill")
+    return tuple(chains)
+
+
+def _cut(model: ov.Model, graph: BlockGraph, placements: Sequence[Placement]) -> list[ov.Model]:
+    from edgert.cutting import cut
+
+    static = [number for number, p in enumerate(placements) if p.config.static]
+    return cut(model, graph, [(p.first, p.last) for p in placements], static)
+
+
+def _axes(first: ov.Model, placements: Sequence[Placement]) -> dict[str, Axes]:
+    from edgert.static import prelude_axes
+
+    return prelude_axes(first) if any(p.config.static for p in placements) else {}
+
+
+def _key(p: Placement, submodel: ov.Model) -> tuple[object, ...]:
+    """What tells compiled submodels apart: the same blocks may share other tensors when they are cut in another way."""
+    ports = [sorted(port.get_any_name() for port in ports) for ports in (submodel.inputs, submodel.outputs)]
+    return (p, *map(tuple, ports))
+
+
+def _compile(
+    backend: Backend,
+    submodel: ov.Model,
+    config: DeviceConfig,
+    blocks: Sequence[Block],
+    axes: Mapping[str, Axes],
+    shapes: StaticShapes | None,
+    timeout_s: float,
+) -> Compiled:
+    from edgert import lowering
+
+    if not config.static or shapes is None:
+        if config.half:
+            lowering.halve(submodel, lambda name: name == BOUNDARY)
+        return backend.compile(submodel, config, blocks)
+    from edgert import static
+
+    names = {name for port in submodel.inputs for name in port.get_names()}
+    own = {name: dims for name, dims in axes.items() if name in names}
+
+    def build_shape(shape: StaticShape) -> TensorCompiled:
+        lowered = static.lower(submodel, shape, own, half=config.half)
+        return cast("TensorCompiled", backend.compile(lowered, config, blocks))
+
+    def guard(runner: TensorRunner) -> Runner:
+        return guarded(runner, config, timeout_s)
+
+    caches, head = static.caches(submodel), KEEP in names
+    return StaticCompiled(build_shape, guard, own, caches, shapes, half=config.half, head=head)
