@@ -178,8 +178,9 @@ def pad(target: Array, source: Array, axes: Axes, *, tokens: int, past: int, slo
     """Write a mask or a table of `tokens` rows into one with static dimensions.
 
     Args:
-        target: with `query` rows and, in a mask, `slots + query` columns, of any type.
-        source: with `tokens` rows and, in a mask, `past + tokens` columns: True or 0 where a row may look.
+        target: with `query` rows and, in a mask, `slots + query` columns. A boolean mask is True where a row may look;
+            any other is added to the scores.
+        source: with `tokens` rows and, in a mask, `past + tokens` columns; a boolean one may go into one to be added.
         axes: what the dimensions are; see `edgert.static.prelude_axes`.
         tokens: new tokens; rows after them are padding, which may look anywhere, as nobody looks at it.
         past: tokens before them.
@@ -199,4 +200,6 @@ def pad(target: Array, source: Array, axes: Axes, *, tokens: int, past: int, slo
         into, out_of = list(rows), [slice(None)] * len(axes)
         into[column], out_of[column] = slice(start, start + count), slice(first, first + count)
         part = source[tuple(out_of)]
-        target[tuple(into)] = part if boolean else np.maximum(part, HIDDEN_SLOT)
+        if not boolean:
+            part = np.where(part, 0, HIDDEN_SLOT) if part.dtype == np.bool_ else np.maximum(part, HIDDEN_SLOT)
+        target[tuple(into)] = part

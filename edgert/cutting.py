@@ -13,7 +13,7 @@ import openvino.opset13 as ops
 
 from edgert.errors import PlanError
 from edgert.graph import BOUNDARY, BlockGraph
-from edgert.irgraph import IrGraph, Node
+from edgert.irgraph import IrGraph, Node, name_new
 from edgert.residual import ResidualStream, Uncuttable, crossings, dimension_sources
 
 PRELUDE = "prelude."  # names of what submodels share beside the residual stream begin so
@@ -66,6 +66,7 @@ def cut(
         tensor = index.tensor(graph.blocks[last].output)
         parameter = ops.parameter(tensor.get_partial_shape(), tensor.get_element_type(), BOUNDARY)
         parameter.output(0).set_names({BOUNDARY})
+        name_new([parameter], f"{BOUNDARY}{number}")
         for consumer in tensor.get_target_inputs():
             consumer_name = consumer.get_node().get_friendly_name()
             # Only residual data crosses here: shapes that crossed were rewritten above.
@@ -79,7 +80,9 @@ def cut(
         sinks = [assigns[variable] for variable, s in state_owners.items() if owner[s] == number]
         outputs = {BOUNDARY: boundaries[number][1]} if number < len(boundaries) else {}
         outputs |= {s.name: s.tensor for s in shared if s.producer == number}
-        results = [ops.result(tensor) for tensor in outputs.values()] or list(clone.get_results())
+        results = [ops.result(tensor) for tensor in outputs.values()]
+        name_new(results, "result")
+        results = results or list(clone.get_results())
         needed = _ancestors([*results, *sinks])
         parameters = [p for p in clone.get_parameters() if p.get_friendly_name() in needed]
         parameters += [boundaries[number - 1][0]] if number else []
@@ -148,6 +151,7 @@ def _share_prelude(stream: ResidualStream, ranges: Sequence[tuple[int, int]], st
             name = f"{PRELUDE}{number}" + (f".{tensor.get_index()}" if tensor.get_index() else "")
             parameter = ops.parameter(tensor.get_partial_shape(), tensor.get_element_type(), name)
             parameter.output(0).set_names({name})
+            name_new([parameter], name)
             for user, inputs in consumers.items():
                 for consumer in inputs if user != producer else ():
                     consumer.replace_source_output(parameter.output(0))
@@ -161,17 +165,24 @@ def _shape_from_inputs(graph: IrGraph, shape_of: Node) -> None:
     assert dims is not None
     kind = shape_of.op.get_output_element_type(0)
 
+    new: list[ov.Node] = []
+
     def size(input_name: str, axis: int) -> ov.Output:
         shape = ops.shape_of(graph.model.input(input_name), kind)
-        return ops.gather(shape, ops.constant([axis], ov.Type.i64), ops.constant(0, ov.Type.i64)).output(0)
+        which, zero = ops.constant([axis], ov.Type.i64), ops.constant(0, ov.Type.i64)
+        chosen = ops.gather(shape, which, zero)
+        new.extend((shape, which, zero, chosen))
+        return chosen.output(0)
 
     query = size("input_ids", 1)
     known = {"batch": size("input_ids", 0), "query": query}
     if "past" in dims or "total" in dims:
         known["total"] = size("attention_mask", 1)
-        known["past"] = ops.subtract(known["total"], query).output(0)
-    parts = [known[d] if isinstance(d, str) else ops.constant([d], kind).output(0) for d in dims]
-    shape = ops.concat([p.get_node() for p in parts], 0)
+        new.append(ops.subtract(known["total"], query))
+        known["past"] = new[-1].output(0)
+    parts = [known[d].get_node() if isinstance(d, str) else ops.constant([d], kind) for d in dims]
+    shape = ops.concat(parts, 0)
+    name_new([*new, *(n for n in parts if n.get_type_name() == "Constant"), shape], f"{shape_of.name}/from_inputs")
     for consumer in list(shape_of.op.output(0).get_target_inputs()):
         consumer.replace_source_output(shape.output(0))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -132,6 +132,12 @@ def make_names_unique(model: ov.Model) -> None:
             number += 1
             op.set_friendly_name(f"{name}/{number}")
         seen.add(op.get_friendly_name())
+
+
+def name_new(nodes: Sequence[ov.Node], prefix: str) -> None:
+    """Name operations that were added to a model. OpenVINO numbers them, and a file may use the same numbers."""
+    for number, node in enumerate(nodes):
+        node.set_friendly_name(f"{prefix}/{number}")
 
 
 def _elements(shape: ov.PartialShape) -> int:

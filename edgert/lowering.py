@@ -9,7 +9,7 @@ import openvino as ov
 import openvino.opset13 as ops
 
 from edgert.graph import BlockGraph, BlockKind
-from edgert.irgraph import IrGraph
+from edgert.irgraph import IrGraph, name_new
 from edgert.shapes import KEEP
 
 
@@ -35,6 +35,7 @@ def keep_last_logits(model: ov.Model, graph: BlockGraph) -> bool:
     start = ops.negative(keep)
     one, end, axis = (ops.constant([v], ov.Type.i64) for v in (1, sys.maxsize, 1))
     last = ops.slice(tensor, start, end, one, axis)
+    name_new([keep, start, one, end, axis, last], KEEP)
     for consumer in consumers:
         consumer.replace_source_output(last.output(0))
     model.add_parameters([keep])

@@ -106,6 +106,7 @@ def lower(submodel: ov.Model, shape: StaticShape, axes: Mapping[str, Axes], *, h
                 consumer.replace_source_output(one.output(0))
     names = [port.get_any_name() for port in model.outputs] + list(new_rows)
     model.add_results([ops.result(tensor) for tensor in new_rows.values()])
+    _make_masks_additive(model)
     model.validate_nodes_and_infer_types()
     manager = Manager()
     manager.register_pass(ConstantFolding())
@@ -147,6 +148,18 @@ def _states_to_tensors(model: ov.Model, slots: int) -> dict[str, ov.Output]:
     for variable in list(model.get_variables()):
         model.remove_variable(variable)
     return found
+
+
+def _make_masks_additive(model: ov.Model) -> None:
+    """Let attention take what is added to its scores, where it took what is allowed.
+
+    The NPU compiler (2026.4.1) rejects a boolean mask of more than one row: `Compilation failed`, and nothing else.
+    """
+    for parameter in model.get_parameters():
+        consumers = list(parameter.output(0).get_target_inputs())
+        attention = [c.get_node().get_type_name() == "ScaledDotProductAttention" for c in consumers]
+        if parameter.get_element_type() == ov.Type.boolean and all(attention):
+            parameter.set_element_type(ov.Type.f32)
 
 
 def _past_and_new(graph: IrGraph, concat: Node, state: str) -> tuple[ov.Output, ov.PartialShape]:

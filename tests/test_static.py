@@ -124,7 +124,7 @@ def test_what_the_npu_compiler_sees(demo: Model, half: bool) -> None:
     assert not lowered.is_dynamic()
     assert not lowered.get_sinks()
     kinds = {port.get_element_type().get_type_name() for port in [*lowered.inputs, *lowered.outputs]}
-    assert kinds == {"f16" if half else "f32", "boolean"}
+    assert kinds == {"f16" if half else "f32"}
     names = [port.get_any_name() for port in lowered.inputs]
     assert names[0] == "hidden"
     assert sum(name.startswith("past.") for name in names) == 8
@@ -156,6 +156,9 @@ def test_padding() -> None:
     ]  # fmt: skip
     additive = np.zeros((1, 1, 4, 8), np.float16)
     pad(additive, np.where(mask, 0, -np.inf), (1, 1, "query", "total"), tokens=2, past=1, slots=4)
+    of_boolean = np.zeros_like(additive)
+    pad(of_boolean, mask, (1, 1, "query", "total"), tokens=2, past=1, slots=4)
+    assert (of_boolean == additive).all()
     assert additive[0, 0, 0].tolist() == [
         0,
         HIDDEN_SLOT,
