@@ -11,11 +11,10 @@ https://docs.openvino.ai/2026/openvino-workflow-generative/inference-with-genai/
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import openvino as ov
 import openvino.opset13 as ops
-from openvino.passes import ConstantFolding, Manager
 
 from edgert.cutting import PRELUDE
 from edgert.errors import PlanError
@@ -92,28 +91,23 @@ def lower(submodel: ov.Model, shape: StaticShape, axes: Mapping[str, Axes], *, h
     known = {"input_ids": [1, shape.query], "attention_mask": [1, shape.past + shape.query], "beam_idx": [1]}
     known |= {"position_ids": [1, shape.query], "token_type_ids": [1, shape.query], KEEP: [1]}
     sizes = {QUERY: shape.query, TOTAL: shape.query + shape.past}
-    known |= {name: [sizes[a] if isinstance(a, str) else a for a in dims] for name, dims in axes.items()}
     for parameter in model.get_parameters():
         name = parameter.output(0).get_any_name()
         if name == BOUNDARY:
             width = parameter.get_partial_shape()[2].get_length()
             parameter.set_partial_shape(ov.PartialShape([1, shape.query, width]))
+        elif name in axes:
+            sizes_of = [sizes[axis] if isinstance(axis, str) else axis for axis in axes[name]]
+            parameter.set_partial_shape(ov.PartialShape(sizes_of))
         elif name in known:
-            parameter.set_partial_shape(ov.PartialShape(known[name]))
-        if name == KEEP:  # one row in, one row out
-            one = ops.constant([1], ov.Type.i64)
-            for consumer in parameter.output(0).get_target_inputs():
-                consumer.replace_source_output(one.output(0))
+            _fix(parameter, known[name])
     names = [port.get_any_name() for port in model.outputs] + list(new_rows)
     model.add_results([ops.result(tensor) for tensor in new_rows.values()])
     _make_masks_additive(model)
-    model.validate_nodes_and_infer_types()
-    manager = Manager()
-    manager.register_pass(ConstantFolding())
-    manager.run_passes(model)
     for parameter in model.get_parameters():
         if not parameter.output(0).get_target_inputs():
             model.remove_parameter(parameter)
+    model.validate_nodes_and_infer_types()
     for port, name in zip(model.outputs, names, strict=True):
         port.set_names({name})
     if half:
@@ -125,6 +119,21 @@ def lower(submodel: ov.Model, shape: StaticShape, axes: Mapping[str, Axes], *, h
             "data; place its block on CPU or GPU"
         )
     return model
+
+
+def _fix(parameter: ov.Node, shape: Sequence[int]) -> None:
+    """Replace what is taken of a model input by numbers: its shape, or, of the head's rows to keep, that it is one.
+
+    Not by constant folding, which would unpack compressed weights too.
+    """
+    for consumer in list(parameter.output(0).get_target_inputs()):
+        node = consumer.get_node()
+        if node.get_type_name() == "ShapeOf":
+            number = ops.constant(list(shape), node.get_output_element_type(0))
+            for user in list(node.output(0).get_target_inputs()):
+                user.replace_source_output(number.output(0))
+        elif parameter.output(0).get_any_name() == KEEP:
+            consumer.replace_source_output(ops.constant([1], ov.Type.i64).output(0))
 
 
 def _states_to_tensors(model: ov.Model, slots: int) -> dict[str, ov.Output]:
