@@ -6,13 +6,14 @@
     canonical.py    the one form of every model in a bundle
     quality.py      the gate                compress.py     NNCF and the table of precisions
     onnx_bundle.py  a bundle that onnxruntime runs
+    npu.py          submodels compiled for NPUs
 
 build.py puts them together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ if __name__ != "edgert.converters":
 
 if TYPE_CHECKING:
     from edgert.bundle import Bundle
+    from edgert.shapes import StaticShapes
 
 _WEIGHTS = ("fp16", "int8", "int4")
 _EXPORTERS = ("general", "optimum")
@@ -35,14 +37,17 @@ def compile(
     out: str | Path,
     *,
     weights: Literal["fp16", "int8", "int4"] = "int4",
-    group_size: int = 128,
-    sym: bool = False,
+    group_size: int | None = None,
+    sym: bool | None = None,
     awq: bool = False,
     dataset: str | Path | None = None,
     exporter: Literal["general", "optimum"] = "general",
     format: Literal["openvino", "onnx"] = "openvino",
     name: str | None = None,
     force: bool = False,
+    npu: Sequence[str] = (),
+    npu_shapes: StaticShapes | None = None,
+    npu_split: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Bundle:
     """Turn a model into a bundle.
@@ -51,14 +56,19 @@ def compile(
         src: a Hugging Face folder or hub id, an ONNX file or folder, an OpenVINO IR folder, or a GGUF file.
         out: the bundle to write.
         weights: precision of the weight matrices. Compressed IR and GGUF keep what they have.
-        group_size: INT4 weights that share a scale; -1 is a whole channel.
-        sym: symmetric INT4, without zero points.
+        group_size: INT4 weights that share a scale; -1 is a whole channel. By default 128, and -1 for an NPU.
+        sym: symmetric INT4, without zero points. By default for an NPU only.
         awq: activation-aware scaling, with activations from `dataset` where one is given.
         dataset: a UTF-8 text file, at least 128 tokens long; INT4 scales are fitted to it (scale estimation).
         exporter: how a Hugging Face model is exported.
         format: `onnx` makes a bundle that onnxruntime runs whole; from a Hugging Face folder or hub id only.
         name: the model's name for people; by default that of `src`.
         force: replace an existing bundle.
+        npu: NPU platforms to compile for ahead of time, e.g. `["4000"]`; INT4 weights are then symmetric, in whole
+            channels or groups of 128.
+        npu_shapes: chunks and buckets to compile for; each shape costs a copy of the weights. By default a chunk of
+            256 tokens, and caches of 1024 and 4096.
+        npu_split: compile each block by itself, so that any of them can be placed on an NPU alone.
         progress: is told each stage as it begins.
 
     Raises:
@@ -70,19 +80,40 @@ def compile(
     _check_choice("weights", weights, _WEIGHTS)
     _check_choice("exporter", exporter, _EXPORTERS)
     _check_choice("format", format, _FORMATS)
+    npu_int4 = bool(npu) and weights == "int4"
+    if weights != "int4" and (sym or awq or dataset is not None or group_size is not None):
+        raise UsageError(f"group_size, sym, awq and dataset are for weights='int4', not for {weights!r}")
+    group_size = (-1 if npu_int4 else 128) if group_size is None else group_size
+    sym = npu_int4 if sym is None else sym
     if isinstance(group_size, bool) or not isinstance(group_size, int) or not (group_size == -1 or group_size > 1):
         raise UsageError(f"group_size is {group_size!r}, expected -1 (a whole channel) or a number from 2")
-    if weights != "int4" and (sym or awq or dataset is not None or group_size != 128):
-        raise UsageError(f"group_size, sym, awq and dataset are for weights='int4', not for {weights!r}")
+    if npu_int4 and (not sym or group_size not in (-1, 128)):
+        raise UsageError(f"npu needs INT4 with sym and group_size -1 or 128, not sym={sym} and group_size={group_size}")
+    if npu and format != "openvino":
+        raise UsageError(f"npu needs format 'openvino', not {format!r}")
+    if not npu and (npu_shapes is not None or npu_split):
+        raise UsageError("npu_shapes and npu_split need npu, the platforms to compile for")
     if dataset is not None and not Path(dataset).is_file():
         raise UsageError(f"dataset {dataset}: no such file")
     try:
         from edgert.converters.build import Options, build
+        from edgert.converters.npu import DEFAULT_SHAPES, NpuOptions
 
         return build(
             src,
             Path(out),
-            Options(weights, group_size, sym, awq, Path(dataset) if dataset else None, exporter, format, name, force),
+            Options(
+                weights,
+                group_size,
+                sym,
+                awq,
+                Path(dataset) if dataset else None,
+                exporter,
+                format,
+                name,
+                force,
+                NpuOptions(tuple(dict.fromkeys(npu)), npu_shapes or DEFAULT_SHAPES, npu_split) if npu else None,
+            ),
             progress or (lambda stage: None),
         )
     except ModuleNotFoundError as error:

@@ -15,6 +15,7 @@ import openvino as ov
 from edgert.converters import quality
 from edgert.converters.canonical import DECODER_OUTPUT, canonical_decoder, canonical_encoder
 from edgert.converters.compress import Weights, compress, precision_table, read_samples, to_fp16
+from edgert.converters.npu import NpuOptions, add_blobs, require_compiler
 from edgert.converters.sources import (
     Source,
     Task,
@@ -64,6 +65,7 @@ class Options:
     format: Literal["openvino", "onnx"]
     name: str | None
     force: bool
+    npu: NpuOptions | None = None
 
 
 def build(src: str | Path, out: Path, options: Options, progress: Progress) -> Bundle:
@@ -71,6 +73,8 @@ def build(src: str | Path, out: Path, options: Options, progress: Progress) -> B
     with create(out, overwrite=options.force) as draft:
         progress("load")
         source = detect(src)
+        if options.npu is not None:
+            require_compiler()  # now, and not after the export
         if options.weights != "fp16" and source.kind in {"huggingface", "onnx"} and find_spec("nncf") is None:
             raise ModuleNotFoundError("nncf", name="nncf")  # now, and not after the export
         if options.format == "onnx":
@@ -84,6 +88,9 @@ def build(src: str | Path, out: Path, options: Options, progress: Progress) -> B
             facts_, report, graph = _build_gguf(source, draft, options, progress)
         else:
             facts_, report, graph = _build_openvino(source, draft, options, progress)
+        if options.npu is not None:
+            unfinished = Bundle(draft.path, facts_, report, graph, {})
+            report.checks.append(add_blobs(unfinished, options.npu, progress))
         gc.collect()  # Windows renames no folder with a file that is still memory-mapped
         draft.finish(facts_, report, graph)
     return Bundle.open(out)

@@ -15,9 +15,14 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
+from edgert.bundle import Bundle
 from edgert.cutting import cut
+from edgert.device import DeviceConfig
 from edgert.errors import ConversionError, ParityError
+from edgert.executor import Executor
 from edgert.graph import BlockGraph
+from edgert.placement import Plan
+from edgert.shapes import StaticShapes
 
 LIMIT = 1e-3  # f32 round-off of real exports is 1e-7 to 1e-5; a wrong one is off by 1e-2 and more
 CUT_LIMIT = 1e-5  # the same arithmetic in the same order: what differs is a mistake
@@ -203,6 +208,35 @@ def check_cut(path: Path, graph: BlockGraph, *, task: str, vocab_size: int) -> R
         return chain({**inputs, "beam_idx": np.zeros(1, np.int32)})
 
     return _row(name, _run(step, ids, chunks), expected, against, CUT_LIMIT)
+
+
+def check_static(bundle: Bundle, limit: float = LIMIT) -> Row:
+    """Compare a decoder with its static submodels as an NPU gets them, run by the CPU: padding, buckets and all.
+
+    Args:
+        bundle: may be unfinished: only the model, its facts and its block graph are looked at.
+
+    Raises:
+        ParityError: as `check_decoder`.
+        PlanError: the model cannot have static shapes.
+    """
+    assert bundle.graph is not None
+    ids = _tokens((1, PROMPT + STEPS), bundle.facts.vocab_size)
+    shapes = StaticShapes(chunks=(PROMPT + 3,), buckets=(PROMPT + 3, PROMPT + STEPS + 3))
+    logits = []
+    for variant in ("f32+static", "f32"):
+        plan = Plan.single(bundle.graph, DeviceConfig("CPU", variant))
+        logits.append(_run(_sequence(Executor(bundle, plan, shapes=shapes)), ids, [PROMPT] + [1] * STEPS))
+    return _row("logits with static shapes", *logits, "the dynamic model", limit)
+
+
+def _sequence(executor: Executor) -> Decoder:
+    run = executor.open()
+
+    def step(ids: Tokens) -> Floats:
+        return np.array(run.forward(ids[0].tolist(), keep=ids.shape[1])[None])
+
+    return step
 
 
 def _chain(submodels: list[ov.Model]) -> Callable[[dict[str, Any]], Floats]:

@@ -72,10 +72,11 @@ class StaticCompiled:
                 self._compiled.popitem(last=False)
             return self._compiled[shape]
 
-    def prepare(self, *, prefill: bool) -> None:
-        """Compile now what a phase begins with, so that the first sequence need not wait for it."""
+    def prepare(self, *, prefill: bool, every: bool = False) -> None:
+        """Compile now what a phase begins with, so that the first sequence need not wait for it; or every bucket."""
         tokens = self.shapes.chunks[0] if prefill and not self.head else 1
-        self.compiled(self.shape_for(min(tokens, self.shapes.buckets[0]), 0))
+        for bucket in self.shapes.buckets if every else self.shapes.buckets[:1]:
+            self.compiled(self.shape_for(min(tokens, bucket), bucket - min(tokens, bucket)))
 
     def runner(self) -> StaticRunner:
         return StaticRunner(self)

@@ -9,7 +9,15 @@ from collections.abc import Mapping, Sequence
 from edgert.backends.base import Array
 from edgert.bundle import Bundle
 from edgert.device import DeviceConfig
-from edgert.errors import BundleError, DeviceError, DeviceFailedError, DeviceNonsenseError, UsageError
+from edgert.errors import (
+    BundleError,
+    DeviceError,
+    DeviceFailedError,
+    DeviceNonsenseError,
+    EdgertError,
+    MissingBlobError,
+    UsageError,
+)
 from edgert.executor import DEVICE_TIMEOUT_S, Executor, SequenceRun
 from edgert.kvcache import TOKEN_AXIS, KvCache, trim
 from edgert.placement import Plan
@@ -49,7 +57,24 @@ class Engine:
         self._idle: list[SequenceRun] = []
         self._lock = threading.Lock()
         self._replacing = threading.Lock()
-        self.executor = self._execute(plan)
+        self.preparing: threading.Thread | None = None  # compiles what an NPU lacks, while another device serves
+        try:
+            self.executor = self._execute(plan)
+        except MissingBlobError as error:
+            if fallback is None:
+                raise
+            reason = f"{error}; {fallback} serves until it is compiled"
+            log.warning("%s", reason)
+            self.executor = self._execute(plan.replaced(error.unit or "NPU", fallback, reason))
+            self.preparing = threading.Thread(target=self._complete, args=(plan,), daemon=True)
+            self.preparing.start()
+
+    def _complete(self, plan: Plan) -> None:
+        try:
+            self.replace(Executor(self._bundle, plan, shapes=self._shapes, timeout_s=self._timeout_s, complete=True))
+            log.info("the submodels for the NPU are compiled; it serves from now on")
+        except EdgertError as error:
+            log.warning("the NPU stays unused: %s", error)
 
     def take(self, tokens: Sequence[int]) -> SequenceRun:
         """The idle sequence with the longest common beginning, cut back to it; a fresh one where there is none.

@@ -13,6 +13,7 @@
     ├── DeviceError            a device or device configuration cannot be used
     │   ├── UnknownDeviceError     no such device or configuration
     │   └── DeviceFailedError      the device failed while compiling or running
+    │       ├── MissingBlobError       an NPU's submodel is not compiled yet
     │       ├── DeviceHungError        it did not answer in time
     │       └── DeviceNonsenseError    it gave NaN
     ├── PlanError              a plan does not fit the model it is meant for
@@ -106,6 +107,10 @@ class DeviceFailedError(DeviceError):
     """
 
     unit: str | None = None
+
+
+class MissingBlobError(DeviceFailedError):
+    """A submodel for an NPU is not compiled yet, or for another compiler or driver."""
 
 
 class DeviceHungError(DeviceFailedError):

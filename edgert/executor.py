@@ -25,6 +25,8 @@ from edgert.stages import Stage, build
 if TYPE_CHECKING:
     import threading
 
+    from edgert.npu.library import Library
+
 # What `SequenceRun` can give to a submodel.
 INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids", "beam_idx", "logits_to_keep"})
 PREFILL, DECODE = 0, -1  # chains; the same one where a plan does not tell the phases apart
@@ -40,6 +42,8 @@ class Executor:
         shapes: for devices with static shapes.
         timeout_s: seconds that a call into a GPU or NPU may take before it counts as hung; the first may take ten
             times as long.
+        complete: whether to compile what an NPU lacks, which may take minutes; otherwise that is a
+            `MissingBlobError`.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -54,6 +58,7 @@ class Executor:
         *,
         shapes: StaticShapes | None = None,
         timeout_s: float = DEVICE_TIMEOUT_S,
+        complete: bool = False,
     ) -> None:
         self.facts = bundle.facts
         self.plan = plan
@@ -73,9 +78,11 @@ class Executor:
         if bundle.graph is None:
             raise BundleError(f"bundle {bundle.path}: it has no block graph")
         plan.check(bundle.graph)
+        library = _library(bundle, plan, complete)
         if any(config.static for config in plan.configs):
-            self.shapes = (shapes or StaticShapes()).within(bundle.facts.context_length)
-        self.chains = build(bundle, bundle.graph, plan, self.shapes, INPUTS, timeout_s)
+            shapes = shapes or (library and library.shapes) or StaticShapes()
+            self.shapes = shapes.within(bundle.facts.context_length)
+        self.chains = build(bundle, bundle.graph, plan, self.shapes, INPUTS, timeout_s, library)
         self._check_hand_over(bundle.graph)
 
     def _check_hand_over(self, graph: BlockGraph) -> None:
@@ -116,6 +123,19 @@ class Executor:
     def open(self) -> SequenceRun:
         """A new, empty sequence."""
         return SequenceRun(self)
+
+
+def _library(bundle: Bundle, plan: Plan, complete: bool) -> Library | None:
+    """The compiled submodels for the plan's NPU; None where it has none."""
+    npu = next((config for config in plan.configs if config.kind is DeviceKind.NPU), None)
+    if npu is None:
+        return None
+    from edgert.npu.library import Library
+
+    platform = info_of(npu).details.get("platform")
+    if platform is None:
+        raise DeviceFailedError(f"{npu}: the driver does not tell its platform, so no compiled submodel can be chosen")
+    return Library(bundle, platform, complete=complete)
 
 
 class _Chain:

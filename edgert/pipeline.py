@@ -7,7 +7,7 @@ threads there is room for one chunk, so memory does not grow with the prompt.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
 from typing import Generic, TypeVar
@@ -34,28 +34,35 @@ def run_chunks(segments: Sequence[Segment[T]], chunks: Iterable[T]) -> T | None:
     None where there was no chunk.
 
     Args:
-        chunks: taken one after the other as the first segment gets to them.
+        chunks: taken one after the other as the first segment gets to them, on its thread.
 
     Raises:
         What a segment or `chunks` raises, after every thread has ended.
     """
-    queues: list[Queue[T | None]] = [Queue(maxsize=1) for _ in segments]
+    queues: list[Queue[T | None]] = [Queue(maxsize=1) for _ in segments[1:]]  # in front of all but the first
     units = {segment.unit: _Turns() for segment in segments}
     failed: list[BaseException] = []
     last: list[T] = []
 
+    def arriving(number: int) -> Iterator[T]:
+        if number == 0:
+            yield from chunks
+        else:
+            while (chunk := _get(queues[number - 1], failed)) is not None:
+                yield chunk
+
     def work(number: int) -> None:
         segment = segments[number]
         try:
-            while (chunk := _get(queues[number], failed)) is not None:
+            for chunk in arriving(number):
                 with units[segment.unit]:
-                    chunk = segment.run(chunk)
+                    result = segment.run(chunk)
                 if number + 1 < len(segments):
-                    _put(queues[number + 1], chunk, failed)
+                    _put(queues[number], result, failed)
                 else:
-                    last[:] = [chunk]
+                    last[:] = [result]
             if number + 1 < len(segments):
-                _put(queues[number + 1], None, failed)
+                _put(queues[number], None, failed)
         except _Stopped:
             pass
         except BaseException as error:
@@ -65,15 +72,10 @@ def run_chunks(segments: Sequence[Segment[T]], chunks: Iterable[T]) -> T | None:
     for thread in threads:
         thread.start()
     try:
-        for chunk in chunks:
-            _put(queues[0], chunk, failed)
-        _put(queues[0], None, failed)
-    except _Stopped:
-        pass
-    except BaseException as error:
+        _join(threads)
+    except BaseException as error:  # Ctrl-C
         failed.append(error)
-    for thread in threads:
-        thread.join()
+        _join(threads)
     if failed:
         raise failed[0]
     return last[0] if last else None
@@ -100,6 +102,11 @@ class _Turns:
 
 class _Stopped(Exception):
     """Another thread has failed."""
+
+
+def _join(threads: Iterable[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join()
 
 
 def _put(queue: Queue[T | None], chunk: T | None, failed: Sequence[BaseException]) -> None:

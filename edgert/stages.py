@@ -11,7 +11,7 @@ from edgert.backends import require
 from edgert.backends.base import Backend, Compiled, Runner, TensorCompiled, TensorRunner
 from edgert.bucketed import StaticCompiled
 from edgert.bundle import Bundle
-from edgert.device import DeviceConfig
+from edgert.device import DeviceConfig, DeviceKind
 from edgert.errors import BundleError, cause
 from edgert.graph import BOUNDARY, Block, BlockGraph, BlockKind
 from edgert.guard import guarded
@@ -19,7 +19,12 @@ from edgert.placement import Placement, Plan
 from edgert.shapes import KEEP, Axes, StaticShape, StaticShapes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import openvino as ov
+
+    from edgert.backends.openvino import OpenVinoBackend
+    from edgert.npu.library import Library
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,15 @@ class Stage:
 Chains = tuple[tuple[Stage, ...], ...]
 
 
-def groups(graph: BlockGraph, plan: Plan) -> list[tuple[Placement, ...]]:
+def groups(graph: BlockGraph, plan: Plan, npu_starts: Collection[int] = ()) -> list[tuple[Placement, ...]]:
     """The submodels of each phase: the plan's placements, cut further where that saves memory or work.
 
     Where a configuration has other limits in the other phase, both phases are cut there, so that they can share what
     was compiled and hold the weights once. With static shapes the head is a submodel of its own, as it takes one row
-    where the others take a whole chunk.
+    where the others take a whole chunk. On an NPU a placement is cut where compiled submodels begin.
+
+    Args:
+        npu_starts: blocks at which they do.
     """
     starts: dict[DeviceConfig, set[int]] = {}
     for placements in plan.phases.values():
@@ -51,6 +59,8 @@ def groups(graph: BlockGraph, plan: Plan) -> list[tuple[Placement, ...]]:
             inside = {s for s in starts[p.config] if p.first < s <= p.last}
             if p.config.static and graph.blocks[p.last].kind is BlockKind.HEAD and p.first < p.last:
                 inside.add(p.last)
+            if p.config.kind is DeviceKind.NPU:
+                inside |= {s for s in npu_starts if p.first < s <= p.last}
             edges = [p.first, *sorted(inside), p.last + 1]
             pieces += [replace(p, first=a, last=b - 1) for a, b in pairwise(edges)]
         found.append(tuple(pieces))
@@ -64,6 +74,7 @@ def build(
     shapes: StaticShapes | None,
     available: Collection[str],
     timeout_s: float,
+    library: Library | None = None,
 ) -> Chains:
     """Compile a plan.
 
@@ -71,6 +82,7 @@ def build(
         shapes: for static stages; None where there are none.
         available: inputs that a sequence can give.
         timeout_s: how long a device may take for a call; see `edgert.guard`.
+        library: the compiled submodels of an NPU; None where the plan has none.
 
     Raises:
         BundleError: the model file is damaged, or wants an input that is not available.
@@ -84,7 +96,10 @@ def build(
     try:
         model = core().read_model(path)  # weights stay memory-mapped
         keep_last_logits(model, graph)
-        phases = [(placements, _cut(model, graph, placements)) for placements in groups(graph, plan)]
+        phases = [
+            (placements, _cut(model, graph, placements))
+            for placements in groups(graph, plan, library.starts if library else ())
+        ]
         needed = {
             name for _, cut in phases for submodel in cut for port in submodel.inputs for name in port.get_names()
         }
@@ -103,13 +118,14 @@ def build(
             key = _key(p, submodel)
             if key not in made:
                 blocks = graph.blocks[p.first : p.last + 1]
-                compiled = _compile(backends[p.config], submodel, p.config, blocks, axes, shapes, timeout_s)
+                compiled = _compile(backends[p.config], submodel, p, blocks, axes, shapes, timeout_s, library)
                 made[key] = Stage(p, compiled)
         chains.append(tuple(made[_key(p, submodel)] for p, submodel in zip(placements, submodels, strict=True)))
     for phase, chain in (("prefill", chains[0]), ("decode", chains[-1])):
         for stage in chain:
             if isinstance(stage.compiled, StaticCompiled):
-                stage.compiled.prepare(prefill=phase == "prefill")
+                every = library is not None and library.complete and stage.placement.config.kind is DeviceKind.NPU
+                stage.compiled.prepare(prefill=phase == "prefill", every=every)
     return tuple(chains)
 
 
@@ -135,13 +151,16 @@ def _key(p: Placement, submodel: ov.Model) -> tuple[object, ...]:
 def _compile(
     backend: Backend,
     submodel: ov.Model,
-    config: DeviceConfig,
+    placement: Placement,
     blocks: Sequence[Block],
     axes: Mapping[str, Axes],
     shapes: StaticShapes | None,
     timeout_s: float,
+    library: Library | None,
 ) -> Compiled:
     from edgert import lowering
+
+    config = placement.config
 
     if not config.static or shapes is None:
         if config.half:
@@ -152,9 +171,17 @@ def _compile(
     names = {name for port in submodel.inputs for name in port.get_names()}
     own = {name: dims for name, dims in axes.items() if name in names}
 
+    def lower(shape: StaticShape) -> ov.Model:
+        return static.lower(submodel, shape, own, half=config.half)
+
     def build_shape(shape: StaticShape) -> TensorCompiled:
-        lowered = static.lower(submodel, shape, own, half=config.half)
-        return cast("TensorCompiled", backend.compile(lowered, config, blocks))
+        if library is None or config.kind is not DeviceKind.NPU:
+            return cast("TensorCompiled", backend.compile(lower(shape), config, blocks))
+
+        def load(blob: Path) -> TensorCompiled:
+            return cast("OpenVinoBackend", backend).load_blob(blob, config)
+
+        return library.get((placement.first, placement.last), shape, load, lambda: lower(shape))
 
     def guard(runner: TensorRunner) -> Runner:
         return guarded(runner, config, timeout_s)

@@ -1,40 +1,98 @@
-"""Placements on a GPU, real or emulated: the same text as the CPU's."""
+"""Placements on a GPU, real or emulated: the logits and the greedy text of the CPU at f32, wherever the model is cut."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_partition import Case
+from tiny_models import DECODERS
 
 import edgert
+from edgert.bundle import Bundle
+from edgert.device import DeviceConfig
+from edgert.executor import Executor
+from edgert.graph import BlockKind
+from edgert.placement import Plan
 from edgert.session import Model
+from edgert.shapes import StaticShapes
 
 pytestmark = pytest.mark.skipif(
     not any(device.name.startswith("GPU") for device in edgert.devices()), reason="no GPU here"
 )
+CPU = DeviceConfig("CPU", "f32")
 PROMPT = "It was a dark night, and the old man"
+PROMPT_TOKENS, STEPS = 12, 6
+SHAPES = StaticShapes(chunks=(16,), buckets=(32,))
+CORRELATION = 0.9999
+CLOSE = 1e-2  # two logits nearer than this may change places
 
 
-@pytest.mark.parametrize(
-    ("place", "limit"),
-    [("*=GPU@f32", 1e-3), ("ffn=GPU@f16,attention=CPU@f32", 2e-2), ("attention=GPU@f16,ffn=CPU@f32", 2e-2)],
-)
-def test_gpu_partitions(demo_path: Path, demo: Model, place: str, limit: float) -> None:
-    tokens = demo.tokenizer.encode(PROMPT)
-    expected = demo.score(tokens)
-    found = edgert.load(demo_path, place=place).score(tokens)
-    assert np.abs(found - expected).max() <= limit * np.abs(expected).max()
-    # A model of its own: the emulated GPU repeats the first prefill of a shape wrongly, in bare OpenVINO too.
-    model = edgert.load(demo_path, place=place)
+class Reference:
+    """What a model writes on the CPU at f32, and its logits for the prompt and for all it wrote."""
+
+    def __init__(self, bundle: Bundle, prompt: list[int]) -> None:
+        assert bundle.graph is not None
+        self.bundle, self.graph, self.prompt = bundle, bundle.graph, prompt
+        run = Executor(bundle, Plan.single(self.graph, CPU)).open()
+        rows = [run.forward(prompt, keep=len(prompt)).copy()]
+        self.written: list[int] = []
+        for _ in range(STEPS):
+            self.written.append(int(rows[-1][-1].argmax()))
+            rows.append(run.forward(self.written[-1:]).copy())
+        self.logits = np.concatenate(rows)
+
+    def check(self, plan: Plan) -> None:
+        """The plan gives the same logits for the same tokens, and would have chosen the same ones."""
+        run = Executor(self.bundle, plan, shapes=SHAPES).open()
+        rows = [run.forward(self.prompt, keep=len(self.prompt)).copy()]
+        rows += [run.forward([token]).copy() for token in self.written]
+        found = np.concatenate(rows)
+        correlation = np.corrcoef(found.ravel(), self.logits.ravel())[0, 1]
+        assert correlation >= CORRELATION, f"correlation {correlation:.6f}: {plan.explain()}"
+        best = self.logits.max(axis=1)
+        chosen = self.logits[np.arange(len(found)), found.argmax(axis=1)]
+        second = np.partition(self.logits, -2, axis=1)[:, -2]
+        others = (chosen < best) & (best - second >= CLOSE)
+        assert not others.any(), f"other tokens chosen at {np.flatnonzero(others)}: {plan.explain()}"
+
+    def plans(self) -> Iterator[Plan]:
+        """Whole; cut at every boundary, either part first; another device for each phase."""
+        # Random experts: at f16 a router's near tie goes the other way, and that is no fault of the placement. Besides,
+        # the emulated device miscompiles the kernel that a router for one static token gets at f16, unless it optimises.
+        precision = "f32" if any(block.kind is BlockKind.MOE for block in self.graph.blocks) else "f16"
+        gpu, static = DeviceConfig("GPU", precision), DeviceConfig("GPU", f"{precision}+static")
+        count = len(self.graph.blocks)
+        yield Plan.from_configs([gpu] * count, "whole")
+        for first, second in ((CPU, gpu), (gpu, CPU)):
+            for cut in range(1, count):
+                yield Plan.from_configs([first] * cut + [second] * (count - cut), f"cut before block {cut}")
+        yield Plan.explicit(self.graph, f"prefill:*={static},decode:*={CPU}")
+        yield Plan.explicit(self.graph, f"prefill:*={CPU},decode:*={static}")
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_every_family(family: str, tmp_path: Path) -> None:
+    case = Case(family, tmp_path)
+    reference = Reference(case.bundle, case.tokens[:PROMPT_TOKENS])
+    for plan in reference.plans():
+        reference.check(plan)
+
+
+def test_demo_model(demo: Model) -> None:
+    reference = Reference(demo.bundle, demo.tokenizer.encode(PROMPT)[:PROMPT_TOKENS])
+    for plan in reference.plans():
+        reference.check(plan)
+
+
+def test_generation(demo_path: Path, demo: Model) -> None:
+    """Through the API: what is written, that its cache goes on, and that no speed is told of an emulated device."""
+    model = edgert.load(demo_path, device="GPU@f32")
     first = model.generate(PROMPT, max_tokens=12)
-    if limit < 1e-2:
-        assert first.tokens == demo.generate(PROMPT, max_tokens=12).tokens
+    assert first.tokens == demo.generate(PROMPT, max_tokens=12).tokens
+    tokens = demo.tokenizer.encode(PROMPT)
     continued = model.generate([*tokens, *first.tokens[:-1], 300], max_tokens=4)
     assert continued.timings.reused_tokens == len(tokens) + 11
     assert continued.timings.provenance == "emulated" or continued.timings.tpot_us
-
-
-def test_a_gpus_cache_is_not_cut_back(demo_path: Path) -> None:
-    assert not edgert.load(demo_path, device="GPU@f32")._executor.trimmable
-    assert edgert.load(demo_path, place="ffn=GPU@f32,attention=CPU@f32")._executor.trimmable

@@ -144,6 +144,19 @@ class OpenVinoBackend:
         except RuntimeError as error:
             raise DeviceFailedError(f"{config} cannot compile the model: {cause(error)}") from error
 
+    def load_blob(self, blob: Path, config: DeviceConfig) -> OpenVinoCompiled:
+        """A compiled submodel out of what its compiler wrote.
+
+        Raises:
+            DeviceFailedError: the driver does not take it.
+        """
+        try:
+            with blob.open("rb") as stream:
+                compiled = core().import_model(stream, config.device)
+            return OpenVinoCompiled(compiled, [port.get_any_name() for port in compiled.outputs], True, config)
+        except (RuntimeError, OSError) as error:
+            raise DeviceFailedError(f"{config} does not take {blob.name}: {cause(error)}") from error
+
 
 def _kind(openvino_name: str) -> DeviceKind | None:
     kind = openvino_name.partition(".")[0]

@@ -25,6 +25,7 @@ examples
   edgert compile ./Qwen3-0.6B -o qwen3.edge
   edgert compile ./Qwen3-0.6B -o qwen3.edge --weights int4 --group-size 64 --awq --dataset texts.txt
   edgert compile model.gguf -o model.edge
+  edgert compile ./Qwen3-0.6B -o qwen3.edge --npu 4000,5010
 
 Every export is checked against its source before it is compressed; a wrong one is refused.
 """
@@ -35,8 +36,12 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("src", metavar="SRC", help="the model: see below")
     parser.add_argument("-o", "--output", required=True, metavar="OUT.edge", help="the bundle to write")
     parser.add_argument("--weights", choices=("fp16", "int8", "int4"), default="int4", help="default: int4")
-    parser.add_argument("--group-size", type=int, default=128, help="INT4 group size; -1 is per channel (default: 128)")
-    parser.add_argument("--sym", action="store_true", help="symmetric INT4 (default: asymmetric)")
+    parser.add_argument(
+        "--group-size", type=int, help="INT4 group size; -1 is per channel (default: 128, with --npu -1)"
+    )
+    parser.add_argument(
+        "--sym", action="store_true", default=None, help="symmetric INT4 (default: asymmetric, with --npu symmetric)"
+    )
     parser.add_argument("--awq", action="store_true", help="activation-aware scaling (AWQ)")
     parser.add_argument("--dataset", metavar="FILE", help="text file for data-aware compression")
     parser.add_argument(
@@ -47,6 +52,16 @@ def add_parser(subparsers: Subparsers) -> None:
         "--format", choices=("openvino", "onnx"), default="openvino",
         help="onnx makes a bundle that onnxruntime runs whole (default: openvino)",
     )  # fmt: skip
+    npu = parser.add_argument_group(
+        "NPU", "Submodels compiled ahead of time, which needs no NPU; see edgert doctor for the compiler."
+    )
+    npu.add_argument("--npu", type=_words, default=(), metavar="PLATFORM[,…]", help="e.g. 4000,5010 (default: none)")
+    npu.add_argument("--npu-chunks", type=_numbers, metavar="N[,…]", help="tokens of a prefill call (default: 256)")
+    npu.add_argument(
+        "--npu-buckets", type=_numbers, metavar="N[,…]",
+        help="tokens that caches have room for; the last is the limit of a sequence (default: 1024,4096)",
+    )  # fmt: skip
+    npu.add_argument("--npu-split", action="store_true", help="a submodel for each block, to place any of them alone")
     parser.add_argument("--name", help="the model's name for people (default: from SRC)")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.set_defaults(run=run)
@@ -54,7 +69,14 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from edgert.converters import compile  # brings torch and nncf
+    from edgert.converters.npu import DEFAULT_SHAPES
+    from edgert.shapes import StaticShapes
 
+    shapes = None
+    if options.npu_chunks or options.npu_buckets:
+        shapes = StaticShapes(
+            options.npu_chunks or DEFAULT_SHAPES.chunks, options.npu_buckets or DEFAULT_SHAPES.buckets
+        )
     out = console()
     stage_name = TextColumn("{task.description}", markup=False)
     with Progress(SpinnerColumn(), stage_name, TimeElapsedColumn(), console=out) as bars:
@@ -77,12 +99,23 @@ def run(options: argparse.Namespace) -> int:
             format=options.format,
             name=options.name,
             force=options.force,
+            npu=options.npu,
+            npu_shapes=shapes,
+            npu_split=options.npu_split,
             progress=progress,
         )
         bars.update(current[-1], total=1, completed=1)
     print_report(out, bundle)
     out.print(f"wrote {bundle.path}", soft_wrap=True)
     return 0
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in _words(text))
 
 
 def print_report(out: Console, bundle: Bundle) -> None:

@@ -9,17 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgert.bundle import sha256
 from edgert.errors import BundleError
 from edgert.fields import build
 from edgert.npu.compiler import PLATFORMS, Compiled
+from edgert.shapes import StaticShape
+
+if TYPE_CHECKING:
+    import openvino as ov
 
 FOLDER = "npu"
 INDEX = "index.json"
@@ -52,14 +56,6 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The static shape of a submodel; see `edgert.shapes.StaticShape`."""
-
-    query: int
-    past: int
-
-
-@dataclass(frozen=True)
 class Blob:
     """One row of the index: a submodel at one shape, and its blob.
 
@@ -78,7 +74,7 @@ class Blob:
     file: str
     first: int
     last: int
-    shape: Shape
+    shape: StaticShape
     bytes: int
     sha256: str
     compile_s: float
@@ -137,10 +133,10 @@ class BlobStore:
             raise BundleError(f"{path}: has not the content that {INDEX} lists")
         return path
 
-    def add(self, identity: Identity, blocks: tuple[int, int], shape: Shape, compiled: Compiled) -> Blob:
+    def add(self, identity: Identity, blocks: tuple[int, int], shape: StaticShape, compiled: Compiled) -> Blob:
         """Take a compiled blob in; its file is moved. Rows of the same blocks, shape and platform give way."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"{identity.key()}.blob"
+        name = _file(identity)
         digest, size = sha256(compiled.blob), compiled.blob_bytes
         shutil.move(compiled.blob, self.folder / name)
         blob = Blob(
@@ -148,7 +144,7 @@ class BlobStore:
         )  # fmt: skip
         return self._write(blob)
 
-    def share(self, identity: Identity, blocks: tuple[int, int], shape: Shape) -> Blob | None:
+    def share(self, identity: Identity, blocks: tuple[int, int], shape: StaticShape) -> Blob | None:
         """Let another submodel use the blob of this identity; None where there is none."""
         row = next((b for b in self.blobs() if b.identity == identity), None)
         if row is None:
@@ -173,11 +169,21 @@ class BlobStore:
         return blob
 
 
+def rename(model: ov.Model) -> None:
+    """Name operations by their place alone, in place; names of inputs and outputs stay.
+
+    OpenVINO numbers nameless operations as they come in a process, and the compiler writes names into blobs: without
+    this, the same submodel made a second time gives another blob.
+    """
+    model.set_friendly_name("submodel")
+    for number, op in enumerate(model.get_ordered_ops()):
+        op.set_friendly_name(f"{op.get_type_name()}.{number}")
+
+
 def hash_ir(xml: Path) -> str:
     """A hash of what a saved model computes: its structure and weights, and the names of its inputs and outputs.
 
-    Names of operations inside are left out. OpenVINO numbers them as they come, so the same submodel made twice has
-    others, and layers that differ in nothing else are the same to the compiler.
+    Names inside are left out: layers that differ in nothing else are the same.
     """
     root = ElementTree.parse(xml).getroot()
     for layer in root.iter("layer"):
@@ -196,10 +202,14 @@ def hash_ir(xml: Path) -> str:
 
 def _check(blob: Blob) -> None:
     """Raise `ValueError` for a row that `add` cannot have written."""
-    if not re.fullmatch(r"[0-9a-f]{16}\.blob", blob.file):
-        raise ValueError(f"file name {blob.file!r} is not that of a blob")
+    if blob.file != _file(blob.identity):
+        raise ValueError(f"file name {blob.file!r} is not that of its identity, {_file(blob.identity)}")
     if blob.identity.platform not in PLATFORMS:
         raise ValueError(f"platform {blob.identity.platform!r}, expected one of {', '.join(PLATFORMS)}")
     numbers = (blob.first, blob.last - blob.first, blob.shape.query - 1, blob.shape.past, blob.bytes - 1)
     if min(numbers) < 0 or not 0 <= blob.compile_s < float("inf"):
         raise ValueError(f"blob {blob.file}: blocks, shape, bytes or compile_s out of range")
+
+
+def _file(identity: Identity) -> str:
+    return f"{identity.key()}.blob"

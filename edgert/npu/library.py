@@ -1,0 +1,136 @@
+"""The blobs that a bundle's submodels need on an NPU: found in the bundle or in the device's own cache, or made."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import openvino as ov
+
+from edgert.bundle import Bundle
+from edgert.errors import DeviceFailedError, MissingBlobError
+from edgert.npu.blobs import Blob, BlobStore, Identity, hash_ir, rename
+from edgert.npu.compiler import Compiler, Failed, Limits, cache_folder, find, openvino_version
+from edgert.shapes import StaticShape, StaticShapes
+
+T = TypeVar("T")
+# Compile properties, tried in this order. The compiler (2026.4.1) rejects some prefill attention with few key heads on all
+# tiles of a 3720, and takes it on one (docs/npu.md).
+ATTEMPTS: tuple[Mapping[str, str], ...] = ({}, {"NPU_TILES": "1"})
+
+
+def make(
+    store: BlobStore,
+    model: ov.Model,
+    blocks: tuple[int, int],
+    shape: StaticShape,
+    platform: str,
+    compiler: Compiler,
+    limits: Limits,
+) -> Blob:
+    """Compile a static submodel into a store; one that is the same as another but for its blocks shares its blob.
+
+    Args:
+        blocks: first and last block.
+
+    Raises:
+        DeviceFailedError: the compiler gave no blob; the message has its own words.
+    """
+    store.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".npu-", dir=store.folder.parent, ignore_cleanup_errors=True) as folder:
+        xml = Path(folder) / "model.xml"
+        rename(model)
+        ov.save_model(model, xml, compress_to_fp16=False)
+        digest = hash_ir(xml)
+        failures: list[Failed] = []
+        for properties in ATTEMPTS:
+            identity = Identity(digest, openvino_version(), compiler.version, platform, dict(properties))
+            if (shared := store.share(identity, blocks, shape)) is not None:
+                return shared
+            result = compiler.compile(xml, Path(folder) / "out.blob", platform, properties, limits)
+            if not isinstance(result, Failed):
+                return store.add(identity, blocks, shape, result)
+            failures.append(result)
+            if result.kind not in {"rejected", "aborted"}:
+                break
+    raise DeviceFailedError(
+        f"NPU compiler {compiler.version}: blocks {blocks[0]}-{blocks[1]} at {shape} for {platform}: "
+        f"{failures[0].kind}: {failures[0].reason}"
+    )
+
+
+class Library:
+    """The blobs of one bundle for the NPU of this machine.
+
+    Args:
+        bundle: whose blobs; what is made here goes to the user's cache, as a bundle is not written to.
+        platform: of the NPU, e.g. `4000`.
+        complete: whether to compile what is missing, in a process of its own; otherwise that is an error.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        platform: str,
+        *,
+        complete: bool = False,
+        find_compiler: Callable[[], Compiler | None] = find,
+    ) -> None:
+        self.platform = platform
+        self.complete = complete
+        self._own = BlobStore(cache_folder() / "npu" / bundle.fingerprint)
+        self._stores = (BlobStore(bundle.path), self._own)
+        self._find_compiler = find_compiler
+        self._shipped = [blob for blob in BlobStore(bundle.path).blobs() if blob.identity.platform == platform]
+
+    @property
+    def starts(self) -> set[int]:
+        """Blocks at which the bundle's submodels for this platform begin, and the one behind the last."""
+        return {edge for blob in self._shipped for edge in (blob.first, blob.last + 1)}
+
+    @property
+    def shapes(self) -> StaticShapes | None:
+        """The shapes that the bundle's blobs were made for; None where it has none for this platform."""
+        found = {blob.shape for blob in self._shipped}
+        chunks = sorted({s.query for s in found if s.query > 1})
+        buckets = sorted({s.past for s in found if s.past})
+        return StaticShapes(tuple(chunks), tuple(buckets)) if chunks and buckets else None
+
+    def get(
+        self,
+        blocks: tuple[int, int],
+        shape: StaticShape,
+        load: Callable[[Path], T],
+        lowered: Callable[[], ov.Model],
+    ) -> T:
+        """A blob, loaded.
+
+        Args:
+            load: loads a blob; raises `DeviceFailedError` where the driver does not take it.
+            lowered: makes the static submodel, for the compiler.
+
+        Raises:
+            MissingBlobError: there is none that loads, and it is not to be compiled now.
+            DeviceFailedError: it cannot be compiled.
+        """
+        why = "there is none"
+        for store in self._stores:
+            for row in store.blobs():
+                if (row.first, row.last, row.shape) != (*blocks, shape) or row.identity.platform != self.platform:
+                    continue
+                if row.identity.openvino != openvino_version():
+                    why = f"it is of OpenVINO {row.identity.openvino}, installed is {openvino_version()}"
+                elif (path := store.find(row.identity)) is not None:
+                    try:
+                        return load(path)
+                    except DeviceFailedError as error:
+                        why = str(error)
+        if not self.complete:
+            raise MissingBlobError(f"NPU blob of blocks {blocks[0]}-{blocks[1]} at {shape}: {why}")
+        compiler = self._find_compiler()
+        if compiler is None:
+            raise DeviceFailedError("NPU compiler: none is here; see edgert doctor")
+        row = make(self._own, lowered(), blocks, shape, self.platform, compiler, Limits())
+        return load(self._own.folder / row.file)
