@@ -12,7 +12,7 @@ from edgert.backends.base import Backend, Compiled, Runner, TensorCompiled, Tens
 from edgert.bucketed import StaticCompiled
 from edgert.bundle import Bundle
 from edgert.device import DeviceConfig, DeviceKind
-from edgert.errors import BundleError, cause
+from edgert.errors import BundleError, PlanError, cause
 from edgert.graph import BOUNDARY, Block, BlockGraph, BlockKind
 from edgert.guard import guarded
 from edgert.placement import Placement, Plan
@@ -95,6 +95,7 @@ def build(
     path = bundle.model_path
     try:
         model = core().read_model(path)  # weights stay memory-mapped
+        _check_recipe(model, graph, plan)
         keep_last_logits(model, graph)
         phases = [
             (placements, _cut(model, graph, placements))
@@ -127,6 +128,16 @@ def build(
                 every = library is not None and library.complete and stage.placement.config.kind is DeviceKind.NPU
                 stage.compiled.prepare(prefill=phase == "prefill", every=every)
     return tuple(chains)
+
+
+def _check_recipe(model: ov.Model, graph: BlockGraph, plan: Plan) -> None:
+    """Raise `PlanError` for what an NPU's compiler would reject, before it is asked."""
+    from edgert.npu.recipe import check
+
+    for p in dict.fromkeys(p for placements in plan.phases.values() for p in placements):
+        if p.config.kind is DeviceKind.NPU and (found := check(model, graph, blocks=range(p.first, p.last + 1))):
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise PlanError(f"plan: {p.config}: {found[0]}{more}")
 
 
 def _cut(model: ov.Model, graph: BlockGraph, placements: Sequence[Placement]) -> list[ov.Model]:

@@ -15,11 +15,12 @@ Subparsers = Any  # argparse does not make the type of its subparsers public
 def add_placement(parser: argparse.ArgumentParser) -> None:
     """`--device`, `--place` and `--plan`, which exclude each other."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--device", metavar="DEVICE@VARIANT", help="run everything there, e.g. CPU@f32, CPU@bf16")
+    group.add_argument("--device", metavar="DEVICE@VARIANT", help="run everything there, e.g. CPU@bf16, GPU, NPU")
     group.add_argument(
         "--place",
         metavar="RULES",
-        help="place blocks by kind, name, index or range, e.g. attention=CPU@bf16,ffn=CPU@f32 (later rules win)",
+        help="place blocks by kind, name, index or range, e.g. attention=CPU@bf16,ffn=GPU (later rules win); "
+        "prefill: or decode: before a rule limits it to that phase",
     )
     group.add_argument("--plan", metavar="FILE", help="a plan written by `edgert plan --save`")
 

@@ -13,14 +13,24 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#
 _ROW, _BAR, _LEFT, _WIDTH = 22, 16, 130, 760
 
 
+def config_columns(plan: Plan) -> dict[str, list[str]]:
+    """For each phase, or for both where they are the same, the configuration of every block."""
+    columns = {
+        f"{phase} on": [str(p.config) for p in placements for _ in range(p.first, p.last + 1)]
+        for phase, placements in plan.phases.items()
+    }
+    return columns if plan.decode is not None else {"runs on": next(iter(columns.values()))}
+
+
 def plan_svg(name: str, graph: BlockGraph, plan: Plan) -> str:
-    """An SVG document."""
-    config_of = [str(p.config) for p in plan.placements for _ in range(p.first, p.last + 1)]
-    colours = {config: _COLOURS[i % len(_COLOURS)] for i, config in enumerate(dict.fromkeys(config_of))}
+    """An SVG document. Where the phases differ a bar has two colours, the upper for prefill."""
+    columns = list(config_columns(plan).values())
+    colours = {str(config): _COLOURS[i % len(_COLOURS)] for i, config in enumerate(plan.configs)}
     largest = max(1, *(block.total_weight_bytes for block in graph.blocks))
     top = 58
     rows = []
-    cuts = {p.first for p in plan.placements} - {0}
+    cuts = {p.first for placements in plan.phases.values() for p in placements} - {0}
+    thick = _BAR / len(columns)
     for block in graph.blocks:
         y = top + block.index * _ROW
         if block.index in cuts:
@@ -33,11 +43,17 @@ def plan_svg(name: str, graph: BlockGraph, plan: Plan) -> str:
             label += f", KV {size(block.kv_bytes_per_token)}/token"
         rows.append(
             f'<text x="{_LEFT - 8}" y="{y + 12}" text-anchor="end">{escape(block.name)}</text>'
-            f'<rect x="{_LEFT}" y="{y}" width="{length:.1f}" height="{_BAR}" rx="3" '
-            f'fill="{colours[config_of[block.index]]}"><title>{escape(config_of[block.index])}</title></rect>'
-            f'<text x="{_LEFT + length + 6:.1f}" y="{y + 12}" fill="#555">{escape(label)}</text>'
+            + "".join(
+                f'<rect x="{_LEFT}" y="{y + i * thick:g}" width="{length:.1f}" height="{thick:g}" rx="3" '
+                f'fill="{colours[column[block.index]]}"><title>{escape(column[block.index])}</title></rect>'
+                for i, column in enumerate(columns)
+            )
+            + f'<text x="{_LEFT + length + 6:.1f}" y="{y + 12}" fill="#555">{escape(label)}</text>'
         )
     legend, x = [], 10
+    if plan.decode is not None:
+        legend.append('<text x="10" y="43">upper half: prefill, lower: decode</text>')
+        x = 230
     for config, colour in colours.items():
         legend.append(
             f'<rect x="{x}" y="32" width="12" height="12" rx="2" fill="{colour}"/>'
@@ -56,14 +72,16 @@ def plan_svg(name: str, graph: BlockGraph, plan: Plan) -> str:
 
 def plan_html(name: str, graph: BlockGraph, plan: Plan) -> str:
     """A page of its own with the picture and the table; it loads nothing from elsewhere."""
-    config_of = [str(p.config) for p in plan.placements for _ in range(p.first, p.last + 1)]
+    columns = config_columns(plan)
     rows = "".join(
         f"<tr><td>{b.index}<td>{escape(b.name)}<td>{size(b.total_weight_bytes)}"
         f"<td>{escape(' '.join(b.weight_bytes))}<td>{b.flops_per_token / 1e6:.2f}"
-        f"<td>{size(b.kv_bytes_per_token)}<td>{escape(config_of[b.index])}</tr>\n"
+        f"<td>{size(b.kv_bytes_per_token)}"
+        + "".join(f"<td>{escape(column[b.index])}" for column in columns.values())
+        + "</tr>\n"
         for b in graph.blocks
     )
-    head = "".join(f"<th>{h}" for h in ("block", "name", "weights", "types", "MFLOP/token", "KV/token", "runs on"))
+    head = "".join(f"<th>{h}" for h in ("block", "name", "weights", "types", "MFLOP/token", "KV/token", *columns))
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{escape(name)}: plan</title>\n'
         "<style>body{font-family:system-ui,sans-serif;margin:2em;max-width:60em}"

@@ -7,23 +7,30 @@ import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from edgert.backends import require
 from edgert.bundle import Bundle
 from edgert.cli.options import Subparsers, add_placement, console, print_json, size
-from edgert.cli.picture import plan_html, plan_svg
-from edgert.errors import BundleError, EdgertError, UsageError
+from edgert.cli.picture import config_columns, plan_html, plan_svg
+from edgert.device import DeviceKind
+from edgert.errors import BundleError, EdgertError, UsageError, cause
+from edgert.graph import BlockGraph
 from edgert.placement import Plan
 from edgert.session import choose_plan
+
+if TYPE_CHECKING:
+    from edgert.npu.recipe import Finding
 
 EPILOG = """\
 examples
   edgert plan demo.edge
   edgert plan demo.edge --device CPU@bf16
   edgert plan demo.edge --place "attention=CPU@bf16,ffn=CPU@f32" --svg plan.svg --save plan.json
+  edgert plan demo.edge --place "prefill:*=GPU@f16+static,decode:*=CPU"
   edgert run demo.edge "Once" --plan plan.json
 """
 
@@ -48,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     if graph is None:
         raise BundleError(f"bundle {bundle.path}: it has no block graph")
     plan.check(graph)
-    plan = _with_warnings(plan)
+    plan = _with_warnings(plan, bundle, graph)
     if options.save is not None:
         _write(options.save, json.dumps(plan.to_json(), indent=1) + "\n")
     if options.svg is not None:
@@ -59,18 +66,23 @@ def run(options: argparse.Namespace) -> int:
         print_json(plan.to_json())
         return 0
     out = console()
-    table = Table("block", "name", "weights", "MFLOP/token", "KV/token", "runs on", title=bundle.facts.name)
-    for number, placement in enumerate(plan.placements):
-        for block in graph.blocks[placement.first : placement.last + 1]:
-            weights = " + ".join(f"{size(n)} {kind}" for kind, n in block.weight_bytes.items())
-            kv = size(block.kv_bytes_per_token) if block.kv_bytes_per_token else ""
-            flops = f"{block.flops_per_token / 1e6:.2f}"
-            table.add_row(str(block.index), block.name, weights, flops, kv, str(placement.config))
-        if number < len(plan.placements) - 1:
+    where = config_columns(plan)
+    table = Table("block", Column("name", no_wrap=True), "weights", "MFLOP/token", "KV/token", title=bundle.facts.name)
+    for heading in where:
+        table.add_column(heading, overflow="fold")
+    starts = {p.first for placements in plan.phases.values() for p in placements}
+    for block in graph.blocks:
+        if block.index in starts - {0}:
             table.add_section()
+        weights = " + ".join(f"{size(n)} {kind}" for kind, n in block.weight_bytes.items())
+        kv = size(block.kv_bytes_per_token) if block.kv_bytes_per_token else ""
+        flops = f"{block.flops_per_token / 1e6:.2f}"
+        configs = [column[block.index] for column in where.values()]
+        table.add_row(str(block.index), block.name, weights, flops, kv, *configs)
     out.print(table)
-    submodels = len(plan.placements)
-    out.print(f"{plan.rationale}: {submodels} submodel{'s' if submodels > 1 else ''}")
+    counts = " and ".join(str(len(placements)) for placements in plan.phases.values())
+    out.print(f"{plan.rationale}: {counts} submodel{'' if counts == '1' else 's'}")
+    out.print(plan.explain_weights(graph))
     if graph.reason:
         out.print(f"the model stays in one piece: {graph.reason}")
     for warning in plan.warnings:
@@ -78,15 +90,31 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _with_warnings(plan: Plan) -> Plan:
-    """The plan with a warning for each configuration that this machine lacks: it may be meant for another."""
+def _with_warnings(plan: Plan, bundle: Bundle, graph: BlockGraph) -> Plan:
+    """The plan with a warning for each configuration that this machine lacks, and for what an NPU will not take.
+
+    It may be meant for another machine.
+    """
     missing = []
-    for config in dict.fromkeys(p.config for p in plan.placements):
+    for p in dict.fromkeys(p for placements in plan.phases.values() for p in placements):
+        if p.config.kind is DeviceKind.NPU:
+            missing += [str(finding) for finding in _recipe(bundle, graph, range(p.first, p.last + 1))]
+    for config in plan.configs:
         try:
             require(config)
         except EdgertError as error:
             missing.append(f"when this plan was made: {error}")
     return replace(plan, warnings=tuple(dict.fromkeys((*plan.warnings, *missing))))
+
+
+def _recipe(bundle: Bundle, graph: BlockGraph, blocks: range) -> list[Finding]:
+    from edgert.backends.openvino import core
+    from edgert.npu.recipe import check
+
+    try:
+        return check(core().read_model(bundle.model_path), graph, blocks=blocks)
+    except RuntimeError as error:  # OpenVINO's only class of errors
+        raise BundleError(f"bundle {bundle.path}: {bundle.model_path.name} cannot be read: {cause(error)}") from error
 
 
 def _write(name: str, text: str) -> None:

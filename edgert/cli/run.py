@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from edgert.cli.options import Subparsers, add_placement, console, print_json
@@ -97,6 +98,8 @@ def _show(pieces: Iterator[Piece]) -> str:
     for piece in pieces:
         print(piece.text, end="", flush=True)
         text, last = text + piece.text, piece
+        for event in piece.events:
+            print(f"\nedgert: {event.kind} at token {event.tokens}: {event.detail}", file=sys.stderr)
     print()
     if last is not None:
         t = last.timings
@@ -119,6 +122,7 @@ def _as_json(model: Model, pieces: Iterator[Piece]) -> dict[str, Any]:
         "tokens": [p.token for p in collected if p.token is not None],
         "finish_reason": last.finish_reason,
         "timings": last.timings.to_json(),
+        "events": [asdict(event) for p in collected for event in p.events],
         "plan": model.plan.to_json(),
     }
 

@@ -16,8 +16,8 @@ from edgert.npu.compiler import Compiler, Failed, Limits, cache_folder, find, op
 from edgert.shapes import StaticShape, StaticShapes
 
 T = TypeVar("T")
-# Compile properties, tried in this order. The compiler (2026.4.1) rejects some prefill attention with few key heads on all
-# tiles of a 3720, and takes it on one (docs/npu.md).
+# Compile properties, tried in this order. The compiler (2026.4.1) rejects some prefill attention with few key heads for
+# a 3720, and takes it when it uses one of its two tiles (docs/npu.md).
 ATTEMPTS: tuple[Mapping[str, str], ...] = ({}, {"NPU_TILES": "1"})
 
 
