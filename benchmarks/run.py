@@ -1,7 +1,7 @@
 """Benchmarks: ratios of things measured side by side in one run.
 
     make bench                      all
-    make bench ARGS="overhead"      one of: decode, overhead, start
+    make bench ARGS="overhead"      one of: decode, overhead, start, handover, simulated
 
 Machines are noisy and change speed while one looks on. So every comparison alternates between its sides step by step,
 and what is reported is the ratio of medians and the spread of the rounds' own ratios. Speeds in the tables are of this
@@ -27,9 +27,14 @@ from rich.console import Console
 from rich.table import Table
 
 import edgert
+from edgert import backends
+from edgert.backends.simulated import SimulatedBackend
+from edgert.cost import predict
 from edgert.device import DeviceConfig
 from edgert.placement import Plan
+from edgert.profile import DeviceModel
 from edgert.sampling import Sampler, SamplingParams
+from edgert.shapes import StaticShapes
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "bench"
@@ -144,7 +149,7 @@ def decode() -> list[Ratio]:
     cut = edgert.load(path, plan=Plan.from_configs([CONFIG] * blocks, "every boundary", merge=False))
 
     def stepper(model: edgert.Model) -> Callable[[], object]:
-        model._idle.clear()  # no prefix reuse: each side prefills
+        model.release()  # no prefix reuse: each side prefills
         stream = model.stream(tokens, max_tokens=TURN * TURNS + 8)
         next(stream)
         return lambda: next(stream)
@@ -222,8 +227,105 @@ def start() -> list[Ratio]:
     ]  # fmt: skip
 
 
+HANDOVER_TOKENS = 1024
+
+
+def handover() -> list[Ratio]:
+    """Moving the keys and values of 1k tokens from one device configuration to another, against copying them once.
+
+    Both ways read and write every byte once, so a perfect hand-over is as fast as a copy. The copy goes into memory
+    that is new each time, as the cache of the other device is.
+    """
+    path = qwen3_bundle()
+    tokens = np.random.default_rng(3).integers(0, 4000, HANDOVER_TOKENS).tolist()
+    shapes = StaticShapes((256,), (2048,))
+    rows = []
+    exact, static = (edgert.load(path, device=d, static_shapes=shapes) for d in ("CPU@f32", "CPU@f32+static"))
+    filled = exact._engine.executor.open()
+    filled.prefill(tokens, chunk=256)
+    for source, target in ((exact, exact), (exact, static), (static, exact), (static, static)):
+        first = source._engine.executor.open()
+        first.write_states(tokens, filled.read_states())
+        moves, copies = [], []
+        size = sum(array.nbytes for array in first.read_states().values())
+        for _ in range(2 * ROUNDS):
+            second = target._engine.executor.open()
+            second.write_states(tokens[:1], {n: a[:, :, :1] for n, a in filled.read_states().items()})  # its requests
+            begin = time.perf_counter()
+            second.write_states(tokens, first.read_states())
+            moves.append(time.perf_counter() - begin)
+            arrays = list(first.read_states().values())
+            begin = time.perf_counter()
+            copied = [array.copy() for array in arrays]
+            copies.append(time.perf_counter() - begin)
+            del copied, arrays, second
+        ratios = [c / m for c, m in zip(copies, moves, strict=True)][1:]
+        value = statistics.median(copies[1:]) / statistics.median(moves[1:])
+        move_s = statistics.median(moves[1:])
+        name = (
+            f"hand-over of 1k tokens, {source.plan.placements[-1].config} to {target.plan.placements[-1].config} / copy"
+        )
+        detail = (
+            f"{move_s * 1000:.0f} ms, {size / move_s / 1e9:.1f} GB/s for {size / 1e6:.0f} MB; copy "
+            f"{size / statistics.median(copies[1:]) / 1e9:.1f} GB/s"
+        )
+        rows.append(Ratio(name, value, min(ratios), max(ratios), ">= 0.5", value >= 0.5, detail))
+    return rows
+
+
+def simulated() -> list[Ratio]:
+    """Wall time of plans on simulated devices over what the cost model says of them."""
+    demo = BUILD / "demo.edge"
+    if not demo.exists():
+        edgert.compile(ROOT / "examples" / "models" / "bookworm", demo, weights="int4")
+    # Far slower than this CPU computes the demo model, so that the waiting decides.
+    models = [
+        DeviceModel(name, gbps, gops, 300.0, 0.05, 5.0, 1.0, "f32", "modelled", "made up for this benchmark")
+        for name, gbps, gops in (("fast", 0.4, 4.0), ("slow", 0.2, 2.0))
+    ]
+    fast, slow = (DeviceConfig("SIM", m.name) for m in models)
+    load, backend = backends._load, SimulatedBackend(models=models)
+    backends._load = lambda module: backend if module == "simulated" else load(module)
+    prompt, new, chunk = 256, 24, 32
+    tokens = np.random.default_rng(4).integers(1, 4000, prompt).tolist()
+    rows = []
+    try:
+        graph = edgert.Bundle.open(demo).graph
+        assert graph is not None
+        blocks = len(graph.blocks)
+        half = [fast] * (blocks // 2) + [slow] * (blocks - blocks // 2)
+        for name, plan in (
+            ("one device", Plan.single(graph, fast)),
+            ("two devices, pipelined prefill", Plan.from_configs(half, "halves")),
+            (
+                "prefill on one, decode on the other",
+                Plan.from_configs([fast] * blocks, "split", decode=[slow] * blocks),
+            ),
+        ):
+            said = predict(
+                graph, plan, {fast: models[0], slow: models[1]}, prompt_tokens=prompt, new_tokens=new, chunk=chunk
+            )
+            model = edgert.load(demo, plan=plan, prefill_chunk=chunk)
+            found = []
+            for _ in range(ROUNDS + 1):
+                model.release()
+                t = model.generate(tokens, max_tokens=new, temperature=0.0).timings
+                assert t.new_tokens == new
+                found.append((t.prefill_us + t.decode_us) / said.total_us)
+            found = found[1:]
+            value = statistics.median(found)
+            detail = f"{said.total_us / 1000:.0f} ms predicted ({said.provenance})"
+            rows.append(
+                Ratio(f"simulated plan: {name}, wall / predicted", value, min(found), max(found), "0.9 – 1.1",
+                      0.9 <= value <= 1.1, detail)
+            )  # fmt: skip
+    finally:
+        backends._load = load
+    return rows
+
+
 def main() -> int:
-    benchmarks = {"decode": decode, "overhead": overhead, "start": start}
+    benchmarks = {"decode": decode, "overhead": overhead, "start": start, "handover": handover, "simulated": simulated}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*benchmarks, []], help="which ones (default: all)")
     parser.add_argument("--json", type=Path, help="write the results there as well")
