@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from edgert.device import DeviceInfo as DeviceInfo
     from edgert.errors import EdgertError as EdgertError
     from edgert.graph import BlockGraph as BlockGraph
+    from edgert.kvcache import KvCache as KvCache
     from edgert.placement import Plan as Plan
+    from edgert.results import Event as Event
     from edgert.results import Piece as Piece
     from edgert.results import Result as Result
     from edgert.sampling import SamplingParams as SamplingParams
     from edgert.session import Model as Model
     from edgert.session import load as load
+    from edgert.shapes import StaticShapes as StaticShapes
 
 __version__ = "0.1.0"
 
@@ -40,11 +43,14 @@ _PUBLIC = {
     "DeviceConfig": "edgert.device",
     "DeviceInfo": "edgert.device",
     "EdgertError": "edgert.errors",
+    "Event": "edgert.results",
+    "KvCache": "edgert.kvcache",
     "Model": "edgert.session",
     "Piece": "edgert.results",
     "Plan": "edgert.placement",
     "Result": "edgert.results",
     "SamplingParams": "edgert.sampling",
+    "StaticShapes": "edgert.shapes",
     "compile": "edgert.converters",
     "devices": "edgert.backends",
     "load": "edgert.session",

@@ -52,8 +52,8 @@ def imported(path: Path) -> set[str]:
 
 def test_public_names() -> None:
     assert edgert.__all__ == [
-        "BlockGraph", "Bundle", "DeviceConfig", "DeviceInfo", "EdgertError", "Model", "Piece", "Plan", "Result",
-        "SamplingParams", "compile", "devices", "load",
+        "BlockGraph", "Bundle", "DeviceConfig", "DeviceInfo", "EdgertError", "Event", "KvCache", "Model", "Piece",
+        "Plan", "Result", "SamplingParams", "StaticShapes", "compile", "devices", "load",
     ]  # fmt: skip
     for name in edgert.__all__:
         assert getattr(edgert, name).__doc__, name
