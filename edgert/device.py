@@ -95,6 +95,7 @@ class DeviceInfo:
         variants: the configurations it can be used in, default first.
         emulated: its results are right but its speed means nothing, so no timing of it is ever reported.
         details: further facts as text, e.g. `{"isa": "AVX2 AVX512_VNNI", "memory": "23.4 GiB"}`.
+        memory_bytes: what it can use; None where that is the machine's memory, or unknown.
     """
 
     name: str
@@ -102,6 +103,7 @@ class DeviceInfo:
     variants: tuple[str, ...]
     emulated: bool
     details: dict[str, str]
+    memory_bytes: int | None = None
 
     @property
     def configs(self) -> tuple[DeviceConfig, ...]:

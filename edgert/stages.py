@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
-from edgert.backends import require
+from edgert.backends import info_of, require
 from edgert.backends.base import Backend, Compiled, Runner, TensorCompiled, TensorRunner
 from edgert.bucketed import StaticCompiled
 from edgert.bundle import Bundle
@@ -92,6 +92,7 @@ def build(
     from edgert.lowering import keep_last_logits
 
     backends = {config: require(config) for config in plan.configs}  # before minutes go into compiling for another
+    _check_memory(graph, plan, bundle.facts.context_length if shapes is None else shapes.buckets[-1])
     path = bundle.model_path
     try:
         model = core().read_model(path)  # weights stay memory-mapped
@@ -128,6 +129,25 @@ def build(
                 every = library is not None and library.complete and stage.placement.config.kind is DeviceKind.NPU
                 stage.compiled.prepare(prefill=phase == "prefill", every=every)
     return tuple(chains)
+
+
+def _check_memory(graph: BlockGraph, plan: Plan, context: int) -> None:
+    """Raise `PlanError` where weights and one full cache go beyond a device's own memory."""
+    needed: dict[str, int] = {}
+    limits = {config.device: info_of(config).memory_bytes for config in plan.configs}
+    for held in plan.weights(graph):
+        blocks = {
+            i for ps in plan.phases.values() for p in ps if p.config == held.config for i in range(p.first, p.last + 1)
+        }
+        kv_bytes = sum(graph.blocks[i].kv_bytes_per_token for i in blocks) * context // (2 if held.config.half else 1)
+        needed[held.config.device] = needed.get(held.config.device, 0) + held.bytes * held.count + kv_bytes
+    for device, count in needed.items():
+        limit = limits[device]
+        if limit is not None and count > limit:
+            raise PlanError(
+                f"plan: {device} would hold {count / 1e9:.1f} GB of weights, keys and values (for {context} tokens), "
+                f"it has {limit / 1e9:.1f} GB; place fewer blocks on it"
+            )
 
 
 def _check_recipe(model: ov.Model, graph: BlockGraph, plan: Plan) -> None:

@@ -14,6 +14,7 @@ import openvino as ov
 from edgert.backends.base import Array, Tensor
 from edgert.device import DEFAULT_VARIANTS, DeviceConfig, DeviceInfo, DeviceKind
 from edgert.errors import DeviceFailedError, cause
+from edgert.folders import cache_folder
 from edgert.graph import Block
 
 # What each configuration means to OpenVINO, and the capability the device must report for it.
@@ -138,7 +139,11 @@ class OpenVinoBackend:
         return found
 
     def compile(self, model: ov.Model | Path, config: DeviceConfig, blocks: Sequence[Block] = ()) -> OpenVinoCompiled:
-        properties = _PROPERTIES[config.kind][config.variant][0]
+        properties = dict(_PROPERTIES[config.kind][config.variant][0])
+        if (
+            config.kind is DeviceKind.GPU
+        ):  # its kernels take long to compile; without the weights, which are in the bundle
+            properties |= {"CACHE_DIR": str(cache_folder() / "gpu"), "CACHE_MODE": "OPTIMIZE_SIZE"}
         try:
             if isinstance(model, Path):
                 model = core().read_model(model)
@@ -189,7 +194,15 @@ def _info(name: str) -> DeviceInfo:
             **_details(name, kind),
             **({} if variants else {"note": "not used by this version"}),
         },
+        memory_bytes=_memory_bytes(name, kind),
     )
+
+
+def _memory_bytes(name: str, kind: DeviceKind) -> int | None:
+    with suppress(RuntimeError):
+        if kind is not DeviceKind.CPU:
+            return int(core().get_property(name, f"{kind}_DEVICE_TOTAL_MEM_SIZE"))
+    return None
 
 
 def _gib(count: int) -> str:

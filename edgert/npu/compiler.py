@@ -27,6 +27,7 @@ from typing import Literal
 import psutil
 
 from edgert.errors import UsageError
+from edgert.folders import cache_folder
 
 # Meteor and Arrow Lake, Lunar Lake, Panther Lake.
 PLATFORMS = ("3720", "4000", "5010")
@@ -174,15 +175,6 @@ def find() -> Compiler | None:
 def find_all() -> list[Candidate]:
     """All places that are looked at, the preferred first. Nothing is run or imported."""
     return [_in_openvino(), _in_driver(), _under_wine()]
-
-
-def cache_folder() -> Path:
-    """Where edgert keeps what it can make again: `EDGERT_CACHE`, or the user's cache folder."""
-    if given := os.environ.get("EDGERT_CACHE"):
-        return Path(given)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "edgert"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgert"
 
 
 def wine_prefix() -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import TypeVar
 import openvino as ov
 
 from edgert.bundle import Bundle
-from edgert.errors import DeviceFailedError, MissingBlobError
+from edgert.errors import BundleError, DeviceFailedError, MissingBlobError
+from edgert.folders import cache_folder
 from edgert.npu.blobs import Blob, BlobStore, Identity, hash_ir, rename
-from edgert.npu.compiler import Compiler, Failed, Limits, cache_folder, find, openvino_version
+from edgert.npu.compiler import Compiler, Failed, Limits, find, openvino_version
 from edgert.shapes import StaticShape, StaticShapes
 
 T = TypeVar("T")
+log = logging.getLogger("edgert")
 # Compile properties, tried in this order. The compiler (2026.4.1) rejects some prefill attention with few key heads for
 # a 3720, and takes it when it uses one of its two tiles (docs/npu.md).
 ATTEMPTS: tuple[Mapping[str, str], ...] = ({}, {"NPU_TILES": "1"})
@@ -115,22 +119,35 @@ class Library:
             MissingBlobError: there is none that loads, and it is not to be compiled now.
             DeviceFailedError: it cannot be compiled.
         """
-        why = "there is none"
+        why = ["there is none"]
         for store in self._stores:
-            for row in store.blobs():
-                if (row.first, row.last, row.shape) != (*blocks, shape) or row.identity.platform != self.platform:
-                    continue
-                if row.identity.openvino != openvino_version():
-                    why = f"it is of OpenVINO {row.identity.openvino}, installed is {openvino_version()}"
-                elif (path := store.find(row.identity)) is not None:
-                    try:
-                        return load(path)
-                    except DeviceFailedError as error:
-                        why = str(error)
+            path = self._find(store, blocks, shape, why)
+            if path is not None:
+                try:
+                    return load(path)
+                except DeviceFailedError as error:
+                    why.append(str(error))
         if not self.complete:
-            raise MissingBlobError(f"NPU blob of blocks {blocks[0]}-{blocks[1]} at {shape}: {why}")
+            raise MissingBlobError(f"NPU blob of blocks {blocks[0]}-{blocks[1]} at {shape}: {why[-1]}")
         compiler = self._find_compiler()
         if compiler is None:
             raise DeviceFailedError("NPU compiler: none is here; see edgert doctor")
         row = make(self._own, lowered(), blocks, shape, self.platform, compiler, Limits())
         return load(self._own.folder / row.file)
+
+    def _find(self, store: BlobStore, blocks: tuple[int, int], shape: StaticShape, why: list[str]) -> Path | None:
+        """A blob that fits this OpenVINO; `why` is told why one that is there does not serve."""
+        try:
+            for row in store.blobs():
+                if (row.first, row.last, row.shape, row.identity.platform) != (*blocks, shape, self.platform):
+                    continue
+                if row.identity.openvino == openvino_version():
+                    return store.find(row.identity)
+                why.append(f"it is of OpenVINO {row.identity.openvino}, installed is {openvino_version()}")
+        except BundleError as error:
+            if store is not self._own:
+                raise
+            log.warning("a damaged cache of NPU blobs is emptied: %s", error)
+            shutil.rmtree(store.folder, ignore_errors=True)
+            why.append(str(error))
+        return None
