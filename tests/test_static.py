@@ -17,6 +17,8 @@ from edgert.cutting import cut
 from edgert.device import DeviceConfig
 from edgert.errors import ContextOverflowError, PlanError, UsageError
 from edgert.executor import Executor
+from edgert.graph import BOUNDARY
+from edgert.lowering import halve
 from edgert.placement import Plan
 from edgert.session import Model
 from edgert.shapes import StaticShape, StaticShapes
@@ -129,6 +131,30 @@ def test_what_the_npu_compiler_sees(demo: Model, half: bool) -> None:
     assert names[0] == "hidden"
     assert sum(name.startswith("past.") for name in names) == 8
     assert not any(name in names for name in ("input_ids", "attention_mask", "beam_idx"))
+
+
+def test_f16_boundaries_of_a_device_that_computes_in_f16(demo: Model, book: list[int]) -> None:
+    graph = demo.bundle.graph
+    assert graph is not None
+    model = ov.Core().read_model(demo.bundle.model_path)
+    submodels = cut(model, graph, [(0, 2), (3, 5), (6, 9)])
+    halve(submodels[1], lambda name: name == BOUNDARY)
+    kinds = {port.get_any_name(): port.get_element_type().get_type_name() for port in submodels[1].inputs}
+    assert kinds[BOUNDARY] == "f16"
+    assert kinds["beam_idx"] == "i32"
+    assert submodels[1].output(BOUNDARY).get_element_type() == ov.Type.f16
+    values: dict[str, np.ndarray] = {
+        "input_ids": np.array([book[:9]]), "attention_mask": np.ones((1, 9), np.int64),
+        "position_ids": np.arange(9)[None], "beam_idx": np.zeros(1, np.int32),
+    }  # fmt: skip
+    for number, submodel in enumerate(submodels):
+        if number:
+            values[BOUNDARY] = values[BOUNDARY].astype(np.float16 if number == 1 else np.float32)
+        compiled = ov.Core().compile_model(submodel, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        names = [port.get_any_name() for port in submodel.outputs]
+        results = compiled({p.get_any_name(): values[p.get_any_name()] for p in submodel.inputs})
+        values |= dict(zip(names, (results[i] for i in range(len(names))), strict=True))
+    assert relative_error(values["logits"][0], demo.score(book[:9])) <= 1e-3
 
 
 def test_a_recurrent_state_is_no_cache() -> None:
