@@ -75,10 +75,11 @@ class DeviceConfig:
 
 
 # What a bare device name means. On a CPU, f32 with INT8 dynamic quantization decodes compressed weights as fast as any
-# configuration does (docs/benchmarks.md), is there on every CPU, and is exact for weights that are not compressed.
+# configuration does (docs/benchmarks.md), is there on every CPU, and is exact for weights that are not compressed. On a
+# GPU static shapes are the form in which sequences can be many, and come and go (backends/gpustate.py).
 DEFAULT_VARIANTS = {
     DeviceKind.CPU: "f32+dq",
-    DeviceKind.GPU: "f16",
+    DeviceKind.GPU: "f16+static",
     DeviceKind.NPU: "f16",
     DeviceKind.ORT: "CPU",
     DeviceKind.SIM: "f32",

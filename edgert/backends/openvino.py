@@ -41,9 +41,9 @@ _PROPERTIES: dict[DeviceKind, dict[str, tuple[dict[str, str], str]]] = {
         ),
     },
     DeviceKind.GPU: {
-        "f16": ({"INFERENCE_PRECISION_HINT": "f16"}, "FP16"),
+        "f16": ({"INFERENCE_PRECISION_HINT": "f16"}, "FP16"),  # keys and values as the device's state: gpustate.py
         "f32": ({"INFERENCE_PRECISION_HINT": "f32"}, "FP32"),
-        # Keys and values as tensors of the host: they can be written, so a sequence can come from another device.
+        # Keys and values as tensors in memory that the host shares: any number of sequences, from any device.
         "f16+static": ({"INFERENCE_PRECISION_HINT": "f16"}, "FP16"),
         "f32+static": ({"INFERENCE_PRECISION_HINT": "f32"}, "FP32"),
     },
@@ -84,12 +84,12 @@ class OpenVinoRunner:
             raise DeviceFailedError(f"{self._config} failed: {cause(error)}") from error
 
     def input_tensor(self, name: str) -> ov.Tensor:
-        with _failing(self._config):
+        with failing(self._config):
             tensor = self._bound[name] = self._request.get_tensor(dict(self._inputs)[name])
         return tensor
 
     def read_states(self) -> dict[str, Array]:
-        with _failing(self._config):
+        with failing(self._config):
             states = self._request.query_state()
             if self._copies_states is None and states:
                 # The CPU plugin makes a new tensor of a cache each time it is asked; what does not is copied here.
@@ -99,13 +99,13 @@ class OpenVinoRunner:
             return found if self._copies_states else {name: array.copy() for name, array in found.items()}
 
     def write_states(self, states: Mapping[str, Array]) -> None:
-        with _failing(self._config):
+        with failing(self._config):
             for state in self._request.query_state():
                 if state.name in states:  # a contiguous array is read in place
                     state.state = ov.Tensor(np.ascontiguousarray(states[state.name]), shared_memory=True)
 
     def reset(self) -> None:
-        with _failing(self._config):
+        with failing(self._config):
             self._request.reset_state()
 
 
@@ -122,7 +122,7 @@ class OpenVinoCompiled:
         self.states_writable = states_writable
 
     def runner(self) -> OpenVinoRunner:
-        with _failing(self._config):
+        with failing(self._config):
             return OpenVinoRunner(self._compiled, self._outputs, self._config)
 
 
@@ -149,11 +149,11 @@ class OpenVinoBackend:
                 model = core().read_model(model)
             # Plugins fuse operations and gather their names, so of the compiled model's names any may come first.
             outputs = [port.get_any_name() for port in model.outputs]
-            # The GPU plugin (2026.4.1) does not go on from a cache that was written into it: it rejects the length, or
-            # gives other logits.
-            writable = config.kind is not DeviceKind.GPU or not model.get_sinks()
-            compiled = core().compile_model(model, config.device, properties)
-            return OpenVinoCompiled(compiled, outputs, writable, config)
+            if config.kind is DeviceKind.GPU and model.get_sinks():
+                from edgert.backends.gpustate import GpuStateCompiled
+
+                return GpuStateCompiled(lambda: core().compile_model(model, config.device, properties), outputs, config)
+            return OpenVinoCompiled(core().compile_model(model, config.device, properties), outputs, True, config)
         except RuntimeError as error:
             raise DeviceFailedError(f"{config} cannot compile the model: {cause(error)}") from error
 
@@ -237,7 +237,8 @@ def _details(name: str, kind: DeviceKind) -> dict[str, str]:
 
 
 @contextmanager
-def _failing(config: DeviceConfig) -> Iterator[None]:
+def failing(config: DeviceConfig) -> Iterator[None]:
+    """Makes OpenVINO's errors `DeviceFailedError`."""
     try:
         yield
     except RuntimeError as error:  # OpenVINO's only class of errors
