@@ -110,7 +110,7 @@ def test_generation(demo_path: Path, demo: Model) -> None:
 @pytest.mark.parametrize("place", ["*=GPU@f32", "0-4=CPU@f32,5-9=GPU@f32", "*=GPU@f32+static"])
 def test_sequences_do_not_mix(demo_path: Path, demo: Model, place: str) -> None:
     """The plugin alone gives a second prompt of the same length the first one's cache; see backends/gpustate.py."""
-    model = edgert.load(demo_path, place=place)
+    model = edgert.load(demo_path, place=place, static_shapes=SHAPES)
     one = demo.tokenizer.encode(PROMPT)
     other = one[::-1]
     for tokens in (one, other, one, one[:1], other[:1], one[:5], other[:5]):
