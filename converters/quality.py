@@ -227,7 +227,8 @@ def check_static(bundle: Bundle, limit: float = LIMIT) -> Row:
     for variant in ("f32+static", "f32"):
         plan = Plan.single(bundle.graph, DeviceConfig("CPU", variant))
         logits.append(_run(_sequence(Executor(bundle, plan, shapes=shapes)), ids, [PROMPT] + [1] * STEPS))
-    return _row("logits with static shapes", *logits, "the dynamic model", limit)
+    found, expected = logits
+    return _row("logits with static shapes", found, expected, "the dynamic model", limit)
 
 
 def _sequence(executor: Executor) -> Decoder:

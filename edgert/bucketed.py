@@ -57,6 +57,7 @@ class StaticCompiled:
         self.inputs = frozenset({BOUNDARY, *axes, *([KEEP] if head else [])})
         self._compiled: OrderedDict[StaticShape, TensorCompiled] = OrderedDict()
         self._lock = threading.Lock()
+        self.usual_query = 1  # of the phase that was prepared last
 
     def shape_for(self, tokens: int, past: int) -> StaticShape:
         shape = self.shapes.fit(tokens, past)
@@ -76,7 +77,9 @@ class StaticCompiled:
         """Compile now what a phase begins with, so that the first sequence need not wait for it; or every bucket."""
         tokens = self.shapes.chunks[0] if prefill and not self.head else 1
         for bucket in self.shapes.buckets if every else self.shapes.buckets[:1]:
-            self.compiled(self.shape_for(min(tokens, bucket), bucket - min(tokens, bucket)))
+            shape = self.shape_for(min(tokens, bucket), bucket - min(tokens, bucket))
+            self.usual_query = shape.query
+            self.compiled(shape)
 
     def runner(self) -> StaticRunner:
         return StaticRunner(self)
@@ -114,7 +117,10 @@ class StaticRunner:
 
     def _infer(self, rows: Array, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tokens, past = rows.shape[1], self.past
-        shape = self._compiled.shape_for(tokens, past)
+        fit = self._compiled.shape_for(tokens, past)
+        shape = StaticShape(fit.query, max(fit.past, self._bucket))  # a bucket that is there stays
+        if shape.past > self._bucket:
+            self._move(shape.past, self.read_states())
         runner, own = self._prepare(shape)
         target = as_array(own[BOUNDARY])
         np.copyto(target[:, :tokens], rows, casting="same_kind")
@@ -125,18 +131,17 @@ class StaticRunner:
         for state, cache in self._cache.items():
             as_array(cache)[:, :, past : past + tokens] = as_array(outputs[f"{NEW}{state}"])[:, :, :tokens]
         self.past = past + tokens if self._cache else 0
-        return {name: as_array(a)[:, :tokens] for name, a in outputs.items() if not name.startswith(NEW)}
+        rows_of = {name.removeprefix(NEW): as_array(a) for name, a in outputs.items()}
+        return {name: a[:, :tokens] for name, a in rows_of.items() if name not in self._cache}
 
     def read_states(self) -> dict[str, Array]:
         return {state: as_array(cache)[:, :, : self.past].copy() for state, cache in self._cache.items()}
 
     def write_states(self, states: Mapping[str, Array]) -> None:
         rows = {state: a for state, a in states.items() if state in self._compiled.caches}
-        self.reset()
-        if not rows:
-            return
-        self.past = next(iter(rows.values())).shape[2]
-        self._move(self._compiled.shapes.bucket(self.past), rows)
+        if rows:
+            self.past = next(iter(rows.values())).shape[2]
+            self._move(self._compiled.shapes.bucket(self.past), rows)
 
     def reset(self) -> None:
         self.past = 0
@@ -146,30 +151,26 @@ class StaticRunner:
     def _move(self, bucket: int, rows: Mapping[str, Array]) -> None:
         """A cache of another size, with these rows at its beginning."""
         if bucket != self._bucket:
-            self._runners.clear()
-            self._inputs.clear()
-            self._bucket = bucket
-            self._cache = {
-                state: np.zeros((1, heads, bucket, size), self._compiled.type)
-                for state, (heads, size) in self._compiled.caches.items()
-            }
+            before = self._runners, self._inputs, self._cache, self._bucket
+            self._runners, self._inputs, self._cache, self._bucket = {}, {}, {}, bucket
+            try:  # now, so that the rows go into the device's own memory at once
+                self._prepare(StaticShape(self._compiled.usual_query, bucket))
+            except BaseException:  # the rows that are there can still be read
+                self._runners, self._inputs, self._cache, self._bucket = before
+                raise
         for state, a in rows.items():
             as_array(self._cache[state])[:, :, : a.shape[2]] = a
 
     def _prepare(self, shape: StaticShape) -> tuple[Runner, dict[str, Tensor]]:
-        if shape.past > self._bucket:
-            self._move(shape.past, self.read_states())
-        shape = StaticShape(shape.query, self._bucket)
         if shape not in self._runners:
             runner = self._compiled.compiled(shape).runner()
             own = {name: runner.input_tensor(name) for name in (BOUNDARY, *self._compiled.axes)}
-            for tensor in own.values():
-                as_array(tensor).fill(0)  # padding is computed with, too
-            for state, cache in self._cache.items():
-                if isinstance(cache, np.ndarray):  # from now on in the device's own memory, whichever that is
-                    tensor = runner.input_tensor(f"{PAST}{state}")
-                    as_array(tensor)[...] = cache
-                    self._cache[state] = tensor
+            if (
+                not self._cache
+            ):  # the first shape of a bucket has the cache, in its device's memory, and the others read it
+                self._cache = {state: runner.input_tensor(f"{PAST}{state}") for state in self._compiled.caches}
+            for tensor in (*own.values(), *self._cache.values()) if not self._runners else own.values():
+                as_array(tensor).fill(0)  # padding and empty slots are computed with, too
             own |= {f"{PAST}{state}": cache for state, cache in self._cache.items()}
             self._runners[shape], self._inputs[shape] = self._compiled.guard(runner), own
         return self._runners[shape], self._inputs[shape]

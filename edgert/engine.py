@@ -16,10 +16,11 @@ from edgert.errors import (
     DeviceNonsenseError,
     EdgertError,
     MissingBlobError,
+    PlanError,
     UsageError,
 )
 from edgert.executor import DEVICE_TIMEOUT_S, Executor, SequenceRun
-from edgert.kvcache import TOKEN_AXIS, KvCache, trim
+from edgert.kvcache import KvCache, trim
 from edgert.placement import Plan
 from edgert.results import Clock, Event
 from edgert.shapes import StaticShapes
@@ -143,12 +144,15 @@ class Engine:
             if unit in {config.unit for config in self.executor.plan.configs}:
                 try:
                     self.replace(self._execute(self.executor.plan.replaced(unit, fallback, f"{error}")))
-                except DeviceError as second:
+                except (DeviceError, PlanError) as second:
                     raise error from second
         states = None if isinstance(error, DeviceNonsenseError) else run.salvage()
         fresh = self.executor.open()
-        if states is not None and run.tokens and self.executor.movable:
-            fresh.write_states(run.tokens, states)
+        if states is not None and fresh.executor.movable:
+            try:
+                fresh.write_states(run.tokens, states)
+            except DeviceFailedError:  # this one fails, too: the first call will tell
+                fresh = self.executor.open()
         done = "keys and values were moved" if fresh.tokens else "the tokens are prefilled again"
         event = Event("failover", unit, run.past, f"{error}; {fallback} goes on, {done}")
         log.warning("failover at token %d: %s", event.tokens, event.detail)
@@ -190,19 +194,29 @@ class Engine:
             raise UsageError(f"KV cache: holds {len(cache.tokens)} tokens, expected 1 to {self.executor.context}")
         if not self.executor.trimmable:
             raise UsageError("KV cache: it cannot be written into a device of this plan; use its +static configuration")
-        self._check(cache.states, len(cache.tokens))
         run = self.executor.open()
-        run.write_states(cache.tokens, cache.states)
+        self._check(cache.states, len(cache.tokens), run.read_states())
+        try:
+            run.write_states(cache.tokens, cache.states)
+        except ValueError as error:  # NumPy's: rows of other sizes
+            raise BundleError(f"KV cache: it does not fit the model: {error}") from error
         self.give_back(run)
 
-    def _check(self, states: Mapping[str, Array], tokens: int) -> None:
+    def _check(self, states: Mapping[str, Array], tokens: int, empty: Mapping[str, Array]) -> None:
         graph = self._bundle.graph
         known = {state for block in graph.blocks for state in block.states} if graph else set()
         if known != set(states):
             raise BundleError(f"KV cache: holds {len(states)} states, the model has {len(known)}")
         for name, rows in states.items():
-            if rows.ndim != 4 or rows.shape[0] != 1 or rows.shape[TOKEN_AXIS] != tokens:
+            own = empty.get(name, rows)  # what a device keeps itself it describes
+            if rows.ndim != 4 or rows.shape != (1, own.shape[1], tokens, own.shape[3]):
                 raise BundleError(f"KV cache: state {name!r} is {list(rows.shape)} for {tokens} tokens")
+        for block in graph.blocks if graph else ():
+            values = sum(states[state].shape[1] * states[state].shape[3] for state in block.states)
+            if block.kv_bytes_per_token not in {2 * values, 4 * values}:  # f16 or f32, whichever the model has
+                raise BundleError(
+                    f"KV cache: {block.name} has {values} values a token, the model {block.kv_bytes_per_token} bytes"
+                )
 
     def _execute(self, plan: Plan) -> Executor:
         return Executor(self._bundle, plan, shapes=self._shapes, timeout_s=self._timeout_s)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,9 @@ import numpy as np
 from edgert.backends import info_of, require
 from edgert.backends.base import Array, Runner, Tensor, as_array
 from edgert.bundle import Bundle
-from edgert.device import DeviceKind
+from edgert.device import DeviceConfig, DeviceKind
 from edgert.errors import BundleError, DeviceFailedError, PlanError
-from edgert.graph import BOUNDARY, BlockGraph
+from edgert.graph import BOUNDARY
 from edgert.guard import guarded
 from edgert.kvcache import trim
 from edgert.pipeline import Segment, run_chunks
@@ -64,7 +65,8 @@ class Executor:
         self.plan = plan
         self.timeout_s = timeout_s
         self.shapes: StaticShapes | None = None  # those in use, where some device has static shapes
-        self._recurrent = bundle.graph is not None and any(block.recurrent_bytes for block in bundle.graph.blocks)
+        self._graph = bundle.graph
+        self.recurrent = bundle.graph is not None and any(block.recurrent_bytes for block in bundle.graph.blocks)
         ort = [config for config in plan.configs if config.kind is DeviceKind.ORT]
         if bundle.facts.format == "onnx":
             if len(plan.placements) != 1 or not ort or plan.decode:
@@ -83,12 +85,17 @@ class Executor:
             shapes = shapes or (library and library.shapes) or StaticShapes()
             self.shapes = shapes.within(bundle.facts.context_length)
         self.chains = build(bundle, bundle.graph, plan, self.shapes, INPUTS, timeout_s, library)
-        self._check_hand_over(bundle.graph)
+        self._check_hand_over()
 
-    def _check_hand_over(self, graph: BlockGraph) -> None:
+    def keeps_states(self, stage: Stage) -> bool:
+        """Whether some of the keys and values, or other states, are in this stage; without a block graph, yes."""
+        first, last = stage.placement.first, stage.placement.last
+        return self._graph is None or any(block.states for block in self._graph.blocks[first : last + 1])
+
+    def _check_hand_over(self) -> None:
         for stage in {id(s): s for chain in self.chains[1:] and self.chains for s in chain}.values():
             p = stage.placement
-            if not stage.compiled.states_writable and any(b.states for b in graph.blocks[p.first : p.last + 1]):
+            if not stage.compiled.states_writable and self.keeps_states(stage):
                 raise PlanError(
                     f"plan: prefill and decode differ, and keys and values cannot be written into {p.config}; "
                     f"use {p.config}+static"
@@ -97,7 +104,7 @@ class Executor:
     @property
     def trimmable(self) -> bool:
         """Whether a sequence can go back to an earlier token; recurrent states cannot, nor can some devices' caches."""
-        return not self._recurrent and self.movable
+        return not self.recurrent and self.movable
 
     @property
     def movable(self) -> bool:
@@ -145,18 +152,20 @@ class _Chain:
         made: runners of the sequence by stage: a stage that is in both phases has one, and its cache stays in it.
     """
 
-    def __init__(self, stages: Sequence[Stage], timeout_s: float, made: dict[int, Runner]) -> None:
+    def __init__(self, stages: Sequence[Stage], executor: Executor, made: dict[int, Runner]) -> None:
         self.stages = stages
-        self._timeout_s = timeout_s
+        self._executor = executor
         self._made = made
 
     @cached_property
     def runners(self) -> list[Runner]:
         for stage in self.stages:
             if id(stage) not in self._made:
-                runner, config = stage.compiled.runner(), stage.placement.config
+                config = stage.placement.config
+                with _on(config):
+                    runner = stage.compiled.runner()
                 # With static shapes only the device's own part is guarded: the cache is the host's, and can be saved.
-                self._made[id(stage)] = runner if config.static else guarded(runner, config, self._timeout_s)
+                self._made[id(stage)] = runner if config.static else guarded(runner, config, self._executor.timeout_s)
         return [self._made[id(stage)] for stage in self.stages]
 
     def run(self, inputs: dict[str, Tensor], stages: range) -> dict[str, Tensor]:
@@ -164,8 +173,9 @@ class _Chain:
         outputs: dict[str, Tensor] = {}
         for number in stages:
             config = self.stages[number].placement.config
-            try:
-                outputs = self.runners[number].infer(inputs)
+            runner = self.runners[number]
+            try:  # as `_on`, which would cost a microsecond a stage
+                outputs = runner.infer(inputs)
             except DeviceFailedError as error:
                 error.unit = config.unit
                 raise
@@ -181,24 +191,43 @@ class _Chain:
         starts = [i for i, unit in enumerate(units) if i == 0 or units[i - 1] != unit]
         return [range(a, b) for a, b in zip(starts, [*starts[1:], len(units)], strict=True)]
 
-    def read_states(self) -> dict[str, Array]:
-        return {name: array for runner in self.runners for name, array in runner.read_states().items()}
+    def read_states(self, skip: Collection[Runner] = ()) -> dict[str, Array]:
+        states: dict[str, Array] = {}
+        for config, runner in self._keepers():
+            if runner not in skip:
+                with _on(config):
+                    states |= runner.read_states()
+        return states
 
-    def write_states(self, states: Mapping[str, Array]) -> None:
-        for runner in self.runners:
-            runner.write_states(states)
+    def write_states(self, states: Mapping[str, Array], skip: Collection[Runner] = ()) -> None:
+        for config, runner in self._keepers():
+            if runner not in skip:
+                with _on(config):
+                    runner.write_states(states)
 
     def take_over(self, other: _Chain) -> None:
         """Copy the cache of the other phase; what both have in common is there already."""
-        given = [runner for runner in other.runners if runner not in self.runners]
-        states = {name: array for runner in given for name, array in runner.read_states().items()}
-        for runner in self.runners:
-            if runner not in other.runners:
-                runner.write_states(states)
+        self.write_states(other.read_states(skip=self.runners), skip=other.runners)
 
     def reset(self) -> None:
-        for runner in self.runners if "runners" in self.__dict__ else ():
-            runner.reset()
+        for config, runner in self._keepers() if "runners" in self.__dict__ else ():
+            with _on(config):
+                runner.reset()
+
+    def _keepers(self) -> list[tuple[DeviceConfig, Runner]]:
+        """Those that keep states. The others need not be asked, and one that has failed could not answer."""
+        pairs = zip(self.stages, self.runners, strict=True)
+        return [(stage.placement.config, runner) for stage, runner in pairs if self._executor.keeps_states(stage)]
+
+
+@contextmanager
+def _on(config: DeviceConfig) -> Iterator[None]:
+    """Say of an error on which hardware it happened."""
+    try:
+        yield
+    except DeviceFailedError as error:
+        error.unit = config.unit
+        raise
 
 
 class SequenceRun:
@@ -213,7 +242,7 @@ class SequenceRun:
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         made: dict[int, Runner] = {}
-        self._chains = [_Chain(chain, executor.timeout_s, made) for chain in executor.chains]
+        self._chains = [_Chain(chain, executor, made) for chain in executor.chains]
         self._home = self._chains[PREFILL]  # the chain that holds the cache
         self._slices = executor.chains[PREFILL][-1].compiled.inputs >= {"logits_to_keep"}
         self._decode = _token_inputs(1, 1)
@@ -283,20 +312,31 @@ class SequenceRun:
             return logits
         start = time.perf_counter_ns()
         self._enter(chain)
-        sent: list[int] = []
+        end = self.past + len(tokens)
 
-        def calls() -> Iterator[dict[str, Any]]:
+        def calls(past: int) -> Iterator[dict[str, Any]]:
             for part in parts:
                 if cancel is not None and cancel.is_set():
                     return
-                inputs = self._inputs(part, self.past + len(sent), 1)
-                sent.extend(part)
-                yield inputs
+                yield self._inputs(part, past, 1)
+                past += len(part)
 
-        outputs = run_chunks([Segment(*_segment(chain, stages)) for stages in segments], calls())
+        outputs = run_chunks([self._segment(chain, stages) for stages in segments], calls(self.past))
         self.infer_us = (time.perf_counter_ns() - start) / 1000
-        self.tokens += sent
-        return None if len(sent) < len(tokens) or outputs is None else self._rows(outputs, 1)
+        return None if self.past < end or outputs is None else self._rows(outputs, 1)
+
+    def _segment(self, chain: _Chain, stages: range) -> Segment[dict[str, Tensor]]:
+        last = stages[-1] == len(chain.stages) - 1
+
+        def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            outputs = chain.run(inputs, stages)
+            if last:
+                self.tokens += as_array(inputs["input_ids"])[0].tolist()
+                return outputs
+            # The devices write the next chunk over what they gave for this one.
+            return {name: as_array(tensor).copy() for name, tensor in inputs.items()}
+
+        return Segment(chain.stages[stages[0]].placement.config.unit, run)
 
     def rewind(self, length: int) -> None:
         """Go back to the first `length` tokens, or to none where the states do not allow it: see `past` after."""
@@ -314,10 +354,12 @@ class SequenceRun:
     def read_states(self) -> dict[str, Array]:
         """Copies of all states by id: keys and values `[1, heads, tokens, head_dim]`, and what else a model keeps.
 
+        Of an empty sequence only those that a device keeps itself, without rows.
+
         Raises:
             DeviceFailedError: a device does not give its cache away.
         """
-        return self._home.read_states() if self.tokens else {}
+        return self._home.read_states()
 
     def write_states(self, tokens: Sequence[int], states: Mapping[str, Array]) -> None:
         """Take over a sequence that another device computed; see `read_states`.
@@ -330,8 +372,10 @@ class SequenceRun:
 
     def salvage(self) -> dict[str, Array] | None:
         """What is left of the states after a failure: all of them as they were before the call that failed, or None."""
+        if not self.tokens or self.executor.recurrent:  # a recurrent state cannot go back to before that call
+            return None
         try:
-            return trim(self._home.read_states(), self.past) if self.tokens else None
+            return trim(self._home.read_states(), self.past)
         except DeviceFailedError:
             return None
 
@@ -358,20 +402,6 @@ class SequenceRun:
     def _rows(self, outputs: Mapping[str, Tensor], keep: int) -> Array:
         output = as_array(next(iter(outputs.values())))
         return output[0] if self._slices else output[0, -keep:]
-
-
-def _segment(chain: _Chain, stages: range) -> tuple[str, Any]:
-    """Hardware and work of some neighbouring stages, for `edgert.pipeline.Segment`."""
-    last = stages[-1] == len(chain.stages) - 1
-
-    def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        outputs = chain.run(inputs, stages)
-        if last:
-            return outputs
-        # The devices write the next chunk over what they gave for this one.
-        return {name: as_array(tensor).copy() for name, tensor in inputs.items()}
-
-    return chain.stages[stages[0]].placement.config.unit, run
 
 
 def _token_inputs(count: int, keep: int) -> dict[str, Tensor]:

@@ -51,8 +51,7 @@ class GuardedRunner:
         self._timeout_s = self._later_s
         for name, tensor in outputs.items():
             array = as_array(tensor)
-            # The sum is quicker than a look at every element; it is NaN for +inf and -inf too.
-            if array.dtype.kind == "f" and np.isnan(array.sum(dtype=np.float32)) and np.isnan(array).any():
+            if array.dtype.kind == "f" and _has_nan(array):
                 raise DeviceNonsenseError(f"{self._config} failed: NaN in its output {name!r}")
         return outputs
 
@@ -78,6 +77,13 @@ class GuardedRunner:
             raise error
         result: T = answer
         return result
+
+
+def _has_nan(array: Array) -> bool:
+    # The sum is quicker than a look at every element; it is NaN for +inf and -inf too, and may overflow.
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = array.sum(dtype=np.float32)
+    return bool(np.isnan(total)) and bool(np.isnan(array).any())
 
 
 def guarded(runner: Runner, config: DeviceConfig, timeout_s: float) -> Runner:

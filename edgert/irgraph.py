@@ -122,6 +122,21 @@ class IrGraph:
         """The id of the state that a ReadValue or Assign belongs to."""
         return str(node.op.get_attributes()["variable_id"])
 
+    def cache_concat(self, assign: Node) -> Node | None:
+        """Where new rows join the cache `[batch, heads, tokens, head_dim]` that an Assign stores: past first, then new.
+
+        None where the state is no such cache. Its past may be reordered for beam search on the way.
+        """
+        concat = self[assign.inputs[0][0]]
+        if concat.type != "Concat" or len(concat.inputs) != 2 or concat.op.get_attributes()["axis"] not in (2, -2):
+            return None
+        source = self[concat.inputs[0][0]]
+        while source.type in {"Gather", "Convert"}:
+            source = self[source.inputs[0][0]]
+        shape = concat.op.get_output_partial_shape(0)
+        same = source.type == "ReadValue" and self.variable_id(source) == self.variable_id(assign)
+        return concat if same and len(shape) == 4 and shape[1].is_static and shape[3].is_static else None
+
 
 def make_names_unique(model: ov.Model) -> None:
     """Give operations that share a name names of their own, in place."""

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from edgert.backends.base import Array
-from edgert.errors import BundleError, UsageError
+from edgert.errors import BundleError, UsageError, cause
 
 TOKEN_AXIS = 2  # of [batch, heads, tokens, head_dim]
 Precision = Literal["f16", "f32"]
@@ -103,6 +103,8 @@ class KvCache:
         """
         try:
             with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("it is compressed")  # `save` does not, and a small file could become a large one
                 index = json.loads(archive.read(_INDEX))
                 if not isinstance(index, dict) or index.get("version") != _VERSION:
                     raise ValueError(f"not of version {_VERSION}")
@@ -115,14 +117,5 @@ class KvCache:
                         raise ValueError(f"state {name!r} is {rows.dtype}{list(rows.shape)} for {len(tokens)} tokens")
                     states[str(name)] = rows
                 return cls(str(index["model"]), tokens, states)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            EOFError,
-            MemoryError,
-            RecursionError,
-            zipfile.BadZipFile,
-        ) as error:
-            raise BundleError(f"KV cache {path}: cannot be read: {error}") from error
+        except Exception as error:  # zipfile and NumPy raise a dozen kinds, SyntaxError and RuntimeError among them
+            raise BundleError(f"KV cache {path}: cannot be read: {cause(error)}") from error

@@ -69,13 +69,13 @@ def run_chunks(segments: Sequence[Segment[T]], chunks: Iterable[T]) -> T | None:
             failed.append(error)
 
     threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(len(segments))]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         _join(threads)
     except BaseException as error:  # Ctrl-C
         failed.append(error)
-        _join(threads)
+        _join(thread for thread in threads if thread.ident is not None)
     if failed:
         raise failed[0]
     return last[0] if last else None

@@ -64,8 +64,7 @@ def caches(submodel: ov.Model) -> dict[str, tuple[int, int]]:
     graph = IrGraph(submodel)
     found = {}
     for assign in graph.of_type("Assign"):
-        concat = graph[assign.inputs[0][0]]
-        _, shape = _past_and_new(graph, concat, graph.variable_id(assign))
+        shape = _concat(graph, assign).op.get_output_partial_shape(0)
         found[graph.variable_id(assign)] = (shape[1].get_length(), shape[3].get_length())
     return found
 
@@ -80,7 +79,7 @@ def lower(submodel: ov.Model, shape: StaticShape, axes: Mapping[str, Axes], *, h
 
     Returns:
         A model with inputs `hidden` `[1, query, width]`, those preludes that it needs, and for each state
-        `past.STATE` `[1, heads, past, head_dim]`; and with outputs `hidden`, or `logits` for the head, and for each
+        `past.STATE` `[1, heads, past, head_dim]`; and with outputs `new.hidden`, or `logits` for the head, and for each
         state `new.STATE` `[1, heads, query, head_dim]`.
 
     Raises:
@@ -101,7 +100,9 @@ def lower(submodel: ov.Model, shape: StaticShape, axes: Mapping[str, Axes], *, h
             parameter.set_partial_shape(ov.PartialShape(sizes_of))
         elif name in known:
             _fix(parameter, known[name])
-    names = [port.get_any_name() for port in model.outputs] + list(new_rows)
+    # OpenVINO gives one of two tensors of a name another name when it reads them from a file.
+    names = [f"{NEW}{n}" if n == BOUNDARY else n for n in (port.get_any_name() for port in model.outputs)]
+    names += new_rows
     model.add_results([ops.result(tensor) for tensor in new_rows.values()])
     _make_masks_additive(model)
     for parameter in model.get_parameters():
@@ -137,21 +138,24 @@ def _fix(parameter: ov.Node, shape: Sequence[int]) -> None:
 
 
 def _states_to_tensors(model: ov.Model, slots: int) -> dict[str, ov.Output]:
-    """Make the caches inputs; gives the tensors of their new rows by name."""
+    """Make the caches inputs; gives the tensors of their new rows by name.
+
+    What reorders the past for beam search is dropped, as there is one beam.
+    """
     graph = IrGraph(model)
     found: dict[str, ov.Output] = {}
     assigns = graph.of_type("Assign")
     for assign in assigns:
         state = graph.variable_id(assign)
-        concat = graph[assign.inputs[0][0]]
-        past, shape = _past_and_new(graph, concat, state)
+        concat = _concat(graph, assign).op
+        past, shape = concat.input_value(0), concat.get_output_partial_shape(0)
         name = f"{PAST}{state}"
         parameter = ops.parameter([1, shape[1].get_length(), slots, shape[3].get_length()], ov.Type.f32, name)
         parameter.output(0).set_names({name})
         for consumer in list(past.get_target_inputs()):
             consumer.replace_source_output(parameter.output(0))
         model.add_parameters([parameter])
-        found[f"{NEW}{state}"] = concat.op.input_value(1)
+        found[f"{NEW}{state}"] = concat.input_value(1)
     for assign in assigns:
         model.remove_sink(assign.op)
     for variable in list(model.get_variables()):
@@ -171,17 +175,11 @@ def _make_masks_additive(model: ov.Model) -> None:
             parameter.set_element_type(ov.Type.f32)
 
 
-def _past_and_new(graph: IrGraph, concat: Node, state: str) -> tuple[ov.Output, ov.PartialShape]:
-    """The tensor of past rows that a cache's Concat takes, and the shape of the cache.
-
-    The past may be reordered for beam search on its way; that is dropped, as there is one beam.
-    """
-    if concat.type == "Concat" and len(concat.inputs) == 2 and concat.op.get_attributes()["axis"] in (2, -2):
-        source = graph[concat.inputs[0][0]]
-        while source.type in {"Gather", "Convert"}:
-            source = graph[source.inputs[0][0]]
-        shape = concat.op.get_output_partial_shape(0)
-        same = source.type == "ReadValue" and graph.variable_id(source) == state
-        if same and len(shape) == 4 and shape[1].is_static and shape[3].is_static:
-            return concat.op.input_value(0), shape
-    raise PlanError(f"static shapes: state {state!r} is no cache [batch, heads, tokens, head_dim] that new rows join")
+def _concat(graph: IrGraph, assign: Node) -> Node:
+    concat = graph.cache_concat(assign)
+    if concat is None:
+        state = graph.variable_id(assign)
+        raise PlanError(
+            f"static shapes: state {state!r} is no cache [batch, heads, tokens, head_dim] that new rows join"
+        )
+    return concat

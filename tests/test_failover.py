@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from edgert.backends.simulated import Fault, SimulatedBackend, SimulatedRunner
 from edgert.device import DeviceConfig
 from edgert.engine import Engine
 from edgert.errors import DeviceFailedError, DeviceHungError, DeviceNonsenseError
-from edgert.executor import SequenceRun
+from edgert.executor import Executor, SequenceRun
 from edgert.guard import FIRST_CALL_FACTOR, GuardedRunner, guarded
 from edgert.results import Event, Result
 from edgert.session import Model
@@ -45,21 +45,32 @@ MOVED, AGAIN = "keys and values were moved", "the tokens are prefilled again"
 Break = Callable[..., SimulatedBackend]
 
 
-@pytest.fixture
-def breaking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Break]:
-    """Puts a simulated device with a fault in the place of the one that works; lets go of what hangs at the end."""
-    load = edgert.backends._load
-    made: list[SimulatedBackend] = []
+@pytest.fixture(scope="module")
+def backend() -> Iterator[SimulatedBackend]:
+    """Stands for all simulated devices in this file."""
+    backend, load = SimulatedBackend(), edgert.backends._load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgert.backends._load", lambda module: backend if module == "simulated" else load(module))
+        yield backend
 
-    def make(after_calls: int, kind: str = "error") -> SimulatedBackend:
-        backend = SimulatedBackend(Fault(after_calls, kind))  # type: ignore[arg-type]
-        made.append(backend)
-        monkeypatch.setattr("edgert.backends._load", lambda module: backend if module == "simulated" else load(module))
+
+@pytest.fixture
+def breaking(backend: SimulatedBackend) -> Iterator[Break]:
+    """Gives the simulated devices a fault; at the end they are well again, and what hangs is let go of."""
+
+    def set_fault(fault: Fault | None) -> None:
+        backend._fault = fault
+        for device in backend._devices.values():
+            device._fault = fault
+
+    def make(after_calls: int, kind: Literal["error", "hang", "nan"] = "error") -> SimulatedBackend:
+        set_fault(Fault(after_calls, kind))
         return backend
 
+    backend.released.clear()
     yield make
-    for backend in made:
-        backend.released.set()
+    backend.released.set()
+    set_fault(None)
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +84,25 @@ def expected(demo: Model, prompt: list[int]) -> Result:
     return demo.generate(prompt, max_tokens=NEW_TOKENS)
 
 
-@pytest.fixture
-def load(demo_path: Path) -> Callable[..., Model]:
-    def loaded(place: str, **options: Any) -> Model:
-        settings: dict[str, Any] = {
-            "prefill_chunk": CHUNK, "fallback": "CPU@f32", "static_shapes": SHAPES, "device_timeout_s": TIMEOUT_S,
-        }  # fmt: skip
-        return edgert.load(demo_path, place=place, **{**settings, **options})
+@pytest.fixture(scope="module")
+def loaded(demo_path: Path, backend: SimulatedBackend) -> Callable[..., Model]:
+    """Models by placement. Those without options of their own are compiled once, and begin each time as they were."""
+    made: dict[str, tuple[Model, Executor]] = {}
 
-    return loaded
+    def make(place: str, **options: Any) -> Model:
+        if options or place not in made:
+            settings: dict[str, Any] = {
+                "prefill_chunk": CHUNK, "fallback": "CPU@f32", "static_shapes": SHAPES, "device_timeout_s": TIMEOUT_S,
+            }  # fmt: skip
+            model = edgert.load(demo_path, place=place, **{**settings, **options})
+            if options:
+                return model
+            made[place] = model, model._engine.executor
+        model, executor = made[place]
+        model._engine.replace(executor)
+        return model
+
+    return make
 
 
 def check(model: Model, found: Result, expected: Result, log: pytest.LogCaptureFixture) -> Event:
@@ -108,22 +129,23 @@ def check(model: Model, found: Result, expected: Result, log: pytest.LogCaptureF
         (WHOLE, 3, 40, AGAIN),
         (WHOLE, 4, 41, AGAIN),
         (WHOLE, 9, 46, AGAIN),
-        # A pipelined prompt counts when all of it is through.
+        # How much of a pipelined prompt had come through, when a device in the middle failed, is a matter of time.
         (ATTENTION, 0, 0, AGAIN),
-        (ATTENTION, 1, 0, AGAIN),
+        (ATTENTION, 1, None, AGAIN),
+        (ATTENTION, 2, None, AGAIN),
         (ATTENTION, 3, 40, AGAIN),
         (ATTENTION, 6, 43, AGAIN),
         # Keys and values are on a device that still lives.
         (FFN, 0, 0, AGAIN),
-        (FFN, 2, 0, AGAIN),
+        (FFN, 2, None, None),
         (FFN, 3, 40, MOVED),
         (FFN, 7, 44, MOVED),
-        # They are on the host; the shapes for prefill and decode count their calls apart.
+        # They are on the host.
         (STATIC, 0, 0, AGAIN),
         (STATIC, 1, 16, MOVED),
         (STATIC, 2, 32, MOVED),
-        (STATIC, 3, 43, MOVED),
-        (STATIC, 6, 46, MOVED),
+        (STATIC, 3, 40, MOVED),
+        (STATIC, 6, 43, MOVED),
         # Only in one phase. At 3 the device does not give its cache to the one that decodes.
         (PREFILL, 0, 0, AGAIN),
         (PREFILL, 1, 16, AGAIN),
@@ -137,58 +159,65 @@ def check(model: Model, found: Result, expected: Result, log: pytest.LogCaptureF
     ],
 )
 def test_errors(
-    breaking: Break, load: Callable[..., Model], prompt: list[int], expected: Result,
-    caplog: pytest.LogCaptureFixture, place: str, after_calls: int, tokens: int, done: str,
+    breaking: Break, loaded: Callable[..., Model], prompt: list[int], expected: Result,
+    caplog: pytest.LogCaptureFixture, place: str, after_calls: int, tokens: int | None, done: str | None,
 ) -> None:  # fmt: skip
     breaking(after_calls)
-    model = load(place)
+    model = loaded(place)
     event = check(model, model.generate(prompt, max_tokens=NEW_TOKENS), expected, caplog)
-    assert event.tokens == tokens
+    assert event.tokens == tokens or (tokens is None and event.tokens in range(0, CHUNK * after_calls + 1, CHUNK))
+    done = done or (MOVED if event.tokens else AGAIN)
     assert event.detail.endswith(f"simulated device lost; CPU@f32 goes on, {done}")
 
 
 @pytest.mark.parametrize(
     ("place", "after_calls", "tokens"),
-    [(WHOLE, 0, 0), (WHOLE, 1, 16), (WHOLE, 3, 40), (WHOLE, 8, 45), (ATTENTION, 1, 0), (ATTENTION, 5, 42),
-     (FFN, 4, 41), (STATIC, 0, 0), (STATIC, 1, 16), (STATIC, 4, 44), (PREFILL, 1, 16), (DECODE, 0, 40), (DECODE, 3, 43),
+    [(WHOLE, 0, 0), (WHOLE, 1, 16), (WHOLE, 3, 40), (WHOLE, 8, 45), (ATTENTION, 1, None), (ATTENTION, 5, 42),
+     (FFN, 4, 41), (STATIC, 0, 0), (STATIC, 1, 16), (STATIC, 4, 41), (PREFILL, 1, 16), (DECODE, 0, 40), (DECODE, 3, 43),
      (STATIC_DECODE, 2, 42)],
 )  # fmt: skip
 def test_nan(
-    breaking: Break, load: Callable[..., Model], prompt: list[int], expected: Result,
-    caplog: pytest.LogCaptureFixture, place: str, after_calls: int, tokens: int,
+    breaking: Break, loaded: Callable[..., Model], prompt: list[int], expected: Result,
+    caplog: pytest.LogCaptureFixture, place: str, after_calls: int, tokens: int | None,
 ) -> None:  # fmt: skip
     """Nothing that such a device computed before is believed, wherever it lies now."""
     breaking(after_calls, "nan")
-    model = load(place)
+    model = loaded(place)
     event = check(model, model.generate(prompt, max_tokens=NEW_TOKENS), expected, caplog)
-    assert event.tokens == tokens
+    assert event.tokens == tokens or (tokens is None and event.tokens in range(0, CHUNK * after_calls + 1, CHUNK))
     assert "NaN in its output" in event.detail
     assert event.detail.endswith(AGAIN)
 
 
 @pytest.mark.parametrize(
     ("place", "after_calls", "tokens", "done"),
-    [(WHOLE, 0, 0, AGAIN), (ATTENTION, 1, 0, AGAIN), (FFN, 5, 42, MOVED), (STATIC, 2, 32, MOVED), (DECODE, 2, 42, AGAIN)],
+    [
+        (WHOLE, 0, 0, AGAIN),
+        (ATTENTION, 1, None, AGAIN),
+        (FFN, 5, 42, MOVED),
+        (STATIC, 2, 32, MOVED),
+        (DECODE, 2, 42, AGAIN),
+    ],
 )
 def test_hangs(
-    breaking: Break, load: Callable[..., Model], prompt: list[int], expected: Result,
+    breaking: Break, loaded: Callable[..., Model], prompt: list[int], expected: Result,
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
-    place: str, after_calls: int, tokens: int, done: str,
+    place: str, after_calls: int, tokens: int | None, done: str | None,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(guard, "FIRST_CALL_FACTOR", 1)  # no kernels are compiled here
     breaking(after_calls, "hang")
-    model = load(place)
+    model = loaded(place)
     event = check(model, model.generate(prompt, max_tokens=NEW_TOKENS), expected, caplog)
-    assert event.tokens == tokens
+    assert event.tokens == tokens or (tokens is None and event.tokens in range(0, CHUNK * after_calls + 1, CHUNK))
     assert f"no answer within {TIMEOUT_S:g} s" in event.detail
     assert event.detail.endswith(done)
 
 
 def test_a_hung_device_that_awakes_changes_nothing(
-    breaking: Break, load: Callable[..., Model], prompt: list[int], expected: Result
+    breaking: Break, loaded: Callable[..., Model], prompt: list[int], expected: Result
 ) -> None:
     backend = breaking(5, "hang")
-    model = load(STATIC)
+    model = loaded(STATIC)
     pieces = model.stream(prompt, max_tokens=NEW_TOKENS)
     seen = []
     for piece in pieces:
@@ -200,21 +229,21 @@ def test_a_hung_device_that_awakes_changes_nothing(
 
 @pytest.mark.parametrize("place", [WHOLE, ATTENTION, DECODE])
 def test_nothing_takes_over(
-    breaking: Break, load: Callable[..., Model], prompt: list[int], expected: Result, place: str
+    breaking: Break, loaded: Callable[..., Model], prompt: list[int], expected: Result, place: str
 ) -> None:
     breaking(0)
     with pytest.raises(DeviceFailedError, match="SIM@f32 failed: simulated device lost") as caught:
-        load(place, fallback=None).generate(prompt, max_tokens=NEW_TOKENS)
+        loaded(place, fallback=None).generate(prompt, max_tokens=NEW_TOKENS)
     assert caught.value.unit == "SIM@f32"
 
 
 @pytest.mark.parametrize("fallback", ["SIM@f32", "NPU@f16", "GPU.7@f16", "ORT@CPU"])
 def test_what_cannot_take_over(
-    breaking: Break, load: Callable[..., Model], prompt: list[int], fallback: str, caplog: pytest.LogCaptureFixture
+    breaking: Break, loaded: Callable[..., Model], prompt: list[int], fallback: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The same hardware, one that is not there, or one that runs other models: the failure is what is told."""
     breaking(4)
-    model = load(WHOLE, fallback=fallback)
+    model = loaded(WHOLE, fallback=fallback)
     with pytest.raises(DeviceFailedError, match="SIM@f32 failed: simulated device lost"):
         model.generate(prompt, max_tokens=NEW_TOKENS)
     assert not caplog.records
@@ -222,11 +251,11 @@ def test_what_cannot_take_over(
 
 
 def test_later_generations_leave_the_dead_device_alone(
-    breaking: Break, load: Callable[..., Model], demo: Model, prompt: list[int], expected: Result,
+    breaking: Break, loaded: Callable[..., Model], demo: Model, prompt: list[int], expected: Result,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     breaking(4)
-    model = load(ATTENTION)
+    model = loaded(ATTENTION)
     assert "SIM@f32" in model.plan.explain()
     assert len(model.generate(prompt, max_tokens=NEW_TOKENS).events) == 1
     calls: list[Runner] = []
@@ -242,28 +271,33 @@ def test_later_generations_leave_the_dead_device_alone(
 
 
 def test_idle_sequences_of_the_dead_device_are_dropped(
-    breaking: Break, load: Callable[..., Model], prompt: list[int]
+    breaking: Break, loaded: Callable[..., Model], prompt: list[int]
 ) -> None:
-    breaking(4)
-    model = load(WHOLE)
-    model.generate(prompt[:10], max_tokens=2)
+    """Those that were idle when it failed, and those that were in use and have not met the failure."""
+    breaking(9)
+    model = loaded(WHOLE)
+    model.generate(prompt[20:30], max_tokens=2)
+    in_use = model.stream(prompt[10:30], max_tokens=2)
+    next(in_use)
     assert model.generate(prompt, max_tokens=NEW_TOKENS).events
-    assert all(run.executor is model._engine.executor for run in model._engine._idle)
+    assert len(list(in_use)) == 1
+    (idle,) = model._engine._idle
+    assert idle.executor is model._engine.executor
 
 
 def test_a_failure_while_a_prefix_is_looked_at(
-    breaking: Break, load: Callable[..., Model], prompt: list[int], expected: Result
+    breaking: Break, loaded: Callable[..., Model], prompt: list[int], expected: Result
 ) -> None:
     """A device that does not give its cache away when it is to be cut back: the prompt runs on a fresh sequence."""
     breaking(PROMPT_CALLS + NEW_TOKENS - 1)
-    model = load(WHOLE)
+    model = loaded(WHOLE)
     assert model.generate(prompt, max_tokens=NEW_TOKENS).events == ()
     again = model.generate(prompt, max_tokens=NEW_TOKENS)
     assert (again.tokens, again.timings.reused_tokens) == (expected.tokens, 0)
 
 
 def test_two_threads_compile_one_fallback(
-    breaking: Break, load: Callable[..., Model], prompt: list[int], expected: Result, monkeypatch: pytest.MonkeyPatch
+    breaking: Break, loaded: Callable[..., Model], prompt: list[int], expected: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     breaking(5)
     both = threading.Barrier(2, timeout=20)
@@ -280,7 +314,7 @@ def test_two_threads_compile_one_fallback(
 
     monkeypatch.setattr(Engine, "_fail_over", together)
     monkeypatch.setattr(Engine, "_execute", counted)
-    model = load(WHOLE)
+    model = loaded(WHOLE, prefill_chunk=CHUNK)
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda _: model.generate(prompt, max_tokens=NEW_TOKENS), range(2)))
     assert [result.tokens for result in found] == [expected.tokens] * 2
@@ -290,10 +324,10 @@ def test_two_threads_compile_one_fallback(
 
 
 def test_two_devices_fail_one_after_the_other(
-    breaking: Break, load: Callable[..., Model], prompt: list[int], expected: Result
+    breaking: Break, loaded: Callable[..., Model], prompt: list[int], expected: Result
 ) -> None:
     breaking(3)
-    model = load("*=SIM@f32,attention=SIM@f32+static")
+    model = loaded("*=SIM@f32,attention=SIM@f32+static")
     found = model.generate(prompt, max_tokens=NEW_TOKENS)
     assert found.tokens == expected.tokens
     assert [(event.unit, event.tokens) for event in found.events] == [("SIM@f32", 40), ("SIM@f32+static", 43)]
@@ -302,17 +336,17 @@ def test_two_devices_fail_one_after_the_other(
 
 @pytest.mark.parametrize(("after_calls", "piece"), [(0, 0), (2, 0), (3, 1), (4, 2), (9, 7)])
 def test_a_stream_tells_it_with_the_token_it_delayed(
-    breaking: Break, load: Callable[..., Model], prompt: list[int], expected: Result, after_calls: int, piece: int
+    breaking: Break, loaded: Callable[..., Model], prompt: list[int], expected: Result, after_calls: int, piece: int
 ) -> None:
     breaking(after_calls)
-    pieces = list(load(WHOLE).stream(prompt, max_tokens=NEW_TOKENS))
+    pieces = list(loaded(WHOLE).stream(prompt, max_tokens=NEW_TOKENS))
     assert tuple(p.token for p in pieces) == expected.tokens
     assert [number for number, p in enumerate(pieces) if p.events] == [piece]
 
 
-def test_a_chat_goes_on_from_its_cache(breaking: Break, load: Callable[..., Model], demo: Model) -> None:
+def test_a_chat_goes_on_from_its_cache(breaking: Break, loaded: Callable[..., Model], demo: Model) -> None:
     breaking(6)
-    model = load(STATIC)
+    model = loaded(STATIC)
     messages = [{"role": "user", "content": "Good evening, sir. Where have you been?"}]
     answer = model.chat(messages, max_tokens=12)
     assert len(answer.events) == 1
@@ -323,26 +357,28 @@ def test_a_chat_goes_on_from_its_cache(breaking: Break, load: Callable[..., Mode
     assert (second.tokens, second.events) == (demo.chat(messages, max_tokens=4).tokens, ())
 
 
-def test_sampled_text_goes_on_too(breaking: Break, load: Callable[..., Model], demo: Model, prompt: list[int]) -> None:
+def test_sampled_text_goes_on_too(
+    breaking: Break, loaded: Callable[..., Model], demo: Model, prompt: list[int]
+) -> None:
     """The sampler's state outlives the device."""
     breaking(6)
     options: dict[str, Any] = {"temperature": 1.0, "seed": 5, "max_tokens": NEW_TOKENS}
-    found = load(WHOLE).generate(prompt, **options)
+    found = loaded(WHOLE).generate(prompt, **options)
     assert (len(found.events), found.tokens) == (1, demo.generate(prompt, **options).tokens)
 
 
 def test_an_exported_cache_survives_too(
-    breaking: Break, load: Callable[..., Model], demo: Model, prompt: list[int], caplog: pytest.LogCaptureFixture
+    breaking: Break, loaded: Callable[..., Model], demo: Model, prompt: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     breaking(1)
-    cache = load(WHOLE).export_cache(prompt)
+    cache = loaded(WHOLE).export_cache(prompt)
     assert len(caplog.records) == 1
     for name, rows in demo.export_cache(prompt).states.items():
         np.testing.assert_allclose(cache.states[name], rows, rtol=1e-3, atol=1e-3)
 
 
 def test_a_cancelled_generation_tells_it_too(
-    breaking: Break, load: Callable[..., Model], prompt: list[int], monkeypatch: pytest.MonkeyPatch
+    breaking: Break, loaded: Callable[..., Model], prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The device fails, and before the prompt has run again elsewhere the generation is cancelled."""
     breaking(1)
@@ -354,27 +390,27 @@ def test_a_cancelled_generation_tells_it_too(
         return fail_over(self, run, error, clock)
 
     monkeypatch.setattr(Engine, "_fail_over", cancelling)
-    found = load(WHOLE).generate(prompt, max_tokens=NEW_TOKENS, cancel=cancel)
+    found = loaded(WHOLE).generate(prompt, max_tokens=NEW_TOKENS, cancel=cancel)
     assert (found.finish_reason, found.tokens, len(found.events)) == ("cancelled", (), 1)
 
 
 def test_recurrent_states_are_not_moved(
-    breaking: Break, load: Callable[..., Model], prompt: list[int], expected: Result
+    breaking: Break, loaded: Callable[..., Model], prompt: list[int], expected: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks before the one that failed have taken in the tokens of the call: their states cannot go back."""
     breaking(4)
-    model = load(STATIC)
-    model._engine.executor._recurrent = True
+    model = loaded(STATIC)
+    monkeypatch.setattr(model._engine.executor, "recurrent", True)
     found = model.generate(prompt, max_tokens=NEW_TOKENS)
     assert found.tokens == expected.tokens
     assert found.events[0].detail.endswith(AGAIN)
 
 
 def test_what_does_not_take_the_cache_computes_it_again(
-    breaking: Break, load: Callable[..., Model], prompt: list[int], expected: Result, monkeypatch: pytest.MonkeyPatch
+    breaking: Break, loaded: Callable[..., Model], prompt: list[int], expected: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     breaking(4)
-    model = load(STATIC)
+    model = loaded(STATIC)
 
     def refuse(self: SequenceRun, tokens: object, states: object) -> None:
         raise DeviceFailedError("no room")

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-import openvino.opset13 as ops
 import psutil
 import pytest
+from fake_npu import GOOD, calls, fake, product, save
 
 from edgert.errors import BundleError, EdgertError, UsageError
 from edgert.npu import compiler, setup
@@ -27,39 +27,12 @@ LIMITS = Limits(seconds=120)
 needs_compiler = pytest.mark.skipif(
     compiler.find() is None, reason="no NPU compiler: edgert doctor --setup npu-compiler"
 )
-GOOD = """
-import sys
-model, blob, *properties = sys.argv[1:]
-open(blob, "w").write(open(model).read() + " ".join(properties))
-print("compile_s 0.25")
-print("[INFO] 10:00:00.000 [NPU_VCL] Estimated inference latency: 12.50 us")
-"""
-
-
-def fake(folder: Path, program: str) -> Compiler:
-    script = folder / "fake.py"
-    script.write_text(program)
-    return Compiler("fake", "fake-1", (sys.executable, str(script)), {"NPU_COMPILER_TYPE": "FAKE"})
 
 
 @pytest.fixture
 def xml(tmp_path: Path) -> Path:
     """A matrix product, saved."""
     return save(product(), tmp_path / "model.xml")
-
-
-def product(name: str = "y", seed: int = 0, dtype: type = np.float16, width: int | ov.Dimension = 64) -> ov.Model:
-    x = ops.parameter(ov.PartialShape([1, width, 64]), np.float16, "x")
-    x.output(0).set_names({"x"})
-    weight = np.random.default_rng(seed).normal(size=(32, 64)).astype(dtype)
-    model = ov.Model([ops.result(ops.matmul(x, ops.convert(weight, "f16"), False, True))], [x])
-    model.output(0).set_names({name})
-    return model
-
-
-def save(model: ov.Model, path: Path) -> Path:
-    ov.save_model(model, path, compress_to_fp16=False)
-    return path
 
 
 def run(tool: Compiler, xml: Path, limits: Limits = LIMITS) -> Compiled | Failed:
@@ -71,20 +44,22 @@ def run(tool: Compiler, xml: Path, limits: Limits = LIMITS) -> Compiled | Failed
     return outcome
 
 
-def test_a_blob(xml: Path) -> None:
-    outcome = run(fake(xml.parent, GOOD), xml)
+def test_a_blob(xml: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    tool = fake(tmp_path_factory.mktemp("tool"))
+    outcome = run(tool, xml)
     assert isinstance(outcome, Compiled)
-    text = outcome.blob.read_text()
-    assert text.startswith(xml.read_text())
-    assert set(text.removeprefix(xml.read_text()).split()) == {
+    blob = outcome.blob.read_bytes()
+    assert blob.partition(b"\n")[2] == xml.read_bytes() + xml.with_suffix(".bin").read_bytes()
+    (properties,) = calls(tool)
+    assert set(properties.split()) == {
         "LOG_LEVEL=LOG_INFO", "NPU_COMPILER_TYPE=FAKE", "PERFORMANCE_HINT=LATENCY", "NPU_PLATFORM=4000",
     }  # fmt: skip
-    assert (outcome.compile_s, outcome.estimated_us, outcome.blob_bytes) == (0.25, 12.5, len(text))
+    assert (outcome.compile_s, outcome.estimated_us, outcome.blob_bytes) == (0.25, 12.5, len(blob))
     assert outcome.peak_rss_bytes > 0
 
 
-def test_without_an_estimate(xml: Path) -> None:
-    outcome = run(fake(xml.parent, GOOD.rpartition("print")[0]), xml)
+def test_without_an_estimate(xml: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    outcome = run(fake(tmp_path_factory.mktemp("tool"), GOOD.rpartition("print")[0]), xml)
     assert isinstance(outcome, Compiled)
     assert outcome.estimated_us is None
 
@@ -129,14 +104,14 @@ def test_memory_limit(xml: Path) -> None:
     assert outcome == Failed("memory", "over 0.2 GiB of memory")
 
 
-def test_a_run_that_lost_its_wine_server_is_repeated(xml: Path) -> None:
-    count = xml.parent / "count"
-    count.touch()
+def test_a_run_that_lost_its_wine_server_is_repeated(xml: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("tool")
+    count = folder / "count"
     program = f"""
 with open({str(count)!r}, "a") as file: file.write("x")
 if len(open({str(count)!r}).read()) < 3: sys.exit("wine client error:0: recvmsg: Connection reset by peer")
 """
-    outcome = run(fake(xml.parent, "import sys" + program + GOOD), xml)
+    outcome = run(fake(folder, "import sys" + program + GOOD), xml)
     assert isinstance(outcome, Compiled)
     assert count.read_text() == "xxx"
 

@@ -113,11 +113,29 @@ def test_the_first_works_on_the_next_chunk_while_the_second_works_on_this_one() 
     assert run_chunks([log.segment(0, "A", on_first), log.segment(1, "B", on_second)], chunks(count)) == [3, 0, 1]
 
 
-def test_two_segments_of_one_device_take_turns() -> None:
+def test_two_segments_of_one_device_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[pipeline._Turns] = []
+    asked, entered = threading.Event(), threading.Event()
+    enter = pipeline._Turns.__enter__
+
+    def watched_enter(self: pipeline._Turns) -> None:
+        turns.append(self)
+        if len(turns) == 4:  # the first segment for chunks 0 and 1, the second for chunk 0, and now the third
+            asked.set()
+        enter(self)
+
+    def first(chunk: int) -> None:
+        if chunk == 1:
+            waited(asked)
+            assert not entered.wait(0.2)  # nothing else keeps the third from going on
+
+    monkeypatch.setattr(pipeline._Turns, "__enter__", watched_enter)
     log = Log()
-    run_chunks([log.segment(i, unit) for i, unit in enumerate("ABABA")], chunks(20))
+    third = log.segment(2, "A", lambda chunk: entered.set())
+    run_chunks([log.segment(0, "A", first), log.segment(1, "B"), third], chunks(4))
     assert log.most == {"A": 1, "B": 1}
-    assert len(log.started) == 100
+    assert len(set(turns)) == 2
+    assert entered.is_set()
 
 
 def test_a_prompt_is_not_drawn_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +200,7 @@ def test_turns_go_to_who_waited_longest() -> None:
         for number, thread in enumerate(threads):
             thread.start()
             until(lambda number=number: turns._next == number + 2)  # it waits
+        assert order == []
     ask("had it last")
     for thread in threads:
         thread.join(WAIT_S)
@@ -324,9 +343,7 @@ class CancelAt(threading.Event):
 
 
 @pytest.mark.parametrize("chunks_done", [0, 1, 3])
-def test_a_prompt_cancelled_on_the_way_can_go_on(
-    split: Model, demo: Model, book: list[int], chunks_done: int
-) -> None:
+def test_a_prompt_cancelled_on_the_way_can_go_on(split: Model, demo: Model, book: list[int], chunks_done: int) -> None:
     run = split._engine.executor.open()
     assert run.prefill(book[:90], chunk=16, cancel=CancelAt(chunks_done)) is None
     assert run.tokens == book[: 16 * chunks_done]

@@ -54,6 +54,15 @@ def test_prompt_lengths(demo: Model, as_npu: Model, book: list[int], length: int
     assert as_npu.generate(tokens, max_tokens=20).tokens == demo.generate(tokens, max_tokens=20).tokens
 
 
+def test_a_sequence_begins_again_in_the_bucket_it_has(demo: Model, as_npu: Model, book: list[int]) -> None:
+    run = as_npu._engine.executor.open()
+    run.prefill(book[:200], chunk=64)
+    run.rewind(0)
+    logits = run.prefill(book[300:340], chunk=64)
+    assert logits is not None
+    assert np.abs(logits[0] - demo.score(book[300:340])[-1]).max() <= 1e-3
+
+
 @pytest.mark.parametrize("length", [120, 250])
 def test_decode_over_a_bucket_change(demo: Model, as_npu: Model, book: list[int], length: int) -> None:
     runs = [model._engine.executor.open() for model in (demo, as_npu)]

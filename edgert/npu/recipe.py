@@ -1,8 +1,8 @@
 """What of a model the NPU compiler will not take, found in its graph before anything is compiled: `check`.
 
-Each rule below rests on what the compiler of OpenVINO 2026.4.1 did with a small model of just that property, for 3720,
-4000 and 5010 (docs/npu.md), or on what static shapes need. The model is looked at as it is in a bundle, with dynamic
-shapes; weights are not read.
+Each rule below rests on what the compiler of OpenVINO 2026.4.1 did with a small model of just that property
+(docs/npu.md), or on what static shapes need. The model is looked at as it is in a bundle, with dynamic shapes; weights
+are not read.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ GROUP_SIZES = (-1, 128)
 _WEIGHTS = "compile with --weights int4 --sym --group-size -1"
 _ELSEWHERE = "place the block on CPU or GPU"
 
-# Rejected for every platform, whatever their attributes (Bucketize: unless it gives i32, which exporters do not ask
-# for). NonZero and what follows it: its result has no size before it has run.
+# Rejected whatever their attributes (Bucketize: unless it gives i32, which exporters do not ask for), each on at least
+# one platform: docs/npu.md says which were tried where. NonZero is rejected with what follows it, as its result has no
+# size before it has run.
 _REJECTED = frozenset({
     "Bucketize", "EmbeddingBagOffsets", "Multinomial", "NonZero", "SearchSorted", "SegmentMax", "SliceScatter",
     "Unique",
 })  # fmt: skip
-# nf4 and u2 are rejected for 3720 only; no recipe of ours makes them.
+# nf4 and u2 are rejected for 3720 only; edgert makes none of these.
 _REJECTED_TYPES = frozenset({"bf16", "i16", "u16", "u1", "u2", "u3", "u6", "nf4", "f4e2m1"})
 _INT4 = frozenset({"u4", "i4"})
 # Inputs that say how large a result is.
@@ -204,18 +205,5 @@ def _states(graph: IrGraph, block: Block, nodes: list[Node]) -> Iterator[_Proble
         shape = reads[state].op.get_output_partial_shape(0) if state in reads else ov.PartialShape.dynamic()
         if shape.rank.is_static and all(d.is_static for d in list(shape)[1:]):
             yield "state", "recurrent, so that padding would change it", _ELSEWHERE
-        elif not _joins_rows(graph, assigns[state], state):
+        elif graph.cache_concat(assigns[state]) is None:
             yield "state", "no cache [batch, heads, tokens, head_dim] that new rows join", _ELSEWHERE
-
-
-def _joins_rows(graph: IrGraph, assign: Node, state: str) -> bool:
-    """Whether what is stored is the state itself, perhaps reordered for beams, with new rows behind it."""
-    concat = graph[assign.inputs[0][0]]
-    if concat.type != "Concat" or len(concat.inputs) != 2 or concat.op.get_attributes()["axis"] not in (2, -2):
-        return False
-    source = graph[concat.inputs[0][0]]
-    while source.type in {"Gather", "Convert"}:
-        source = graph[source.inputs[0][0]]
-    shape = concat.op.get_output_partial_shape(0)
-    same = source.type == "ReadValue" and graph.variable_id(source) == state
-    return same and len(shape) == 4 and bool(shape[1].is_static and shape[3].is_static)
