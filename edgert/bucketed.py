@@ -34,8 +34,6 @@ class StaticCompiled:
         head: whether this is the head alone, which takes one row at a time.
     """
 
-    states_writable = True
-
     def __init__(
         self,
         build: Callable[[StaticShape], TensorCompiled],

@@ -148,7 +148,7 @@ class Engine:
                     raise error from second
         states = None if isinstance(error, DeviceNonsenseError) else run.salvage()
         fresh = self.executor.open()
-        if states is not None and fresh.executor.movable:
+        if states is not None:
             try:
                 fresh.write_states(run.tokens, states)
             except DeviceFailedError:  # this one fails, too: the first call will tell
@@ -169,13 +169,10 @@ class Engine:
         """The keys and values of a sequence; what is not in a cache yet is prefilled.
 
         Raises:
-            UsageError: the model keeps more than a cache, or a device does not give it away.
+            UsageError: the model is recurrent.
         """
-        if not self.executor.trimmable:
-            raise UsageError(
-                "KV cache: it cannot be exported, the model is recurrent, or a device keeps it to itself (use its "
-                "+static configuration)"
-            )
+        if self.executor.recurrent:
+            raise UsageError("KV cache: it cannot be exported, the model is recurrent")
         run, _ = self.advance(self.take(tokens), tokens, Clock("measured"))
         states = trim(run.read_states(), len(tokens))
         self.give_back(run)
@@ -186,14 +183,14 @@ class Engine:
         """Keep a cache, from wherever it comes, for the prompts that begin with its tokens.
 
         Raises:
-            UsageError: it belongs to another model, is longer than the context, or cannot be written here.
+            UsageError: it belongs to another model, is longer than the context, or the model is recurrent.
         """
         if cache.model != self._bundle.fingerprint:
             raise UsageError(f"KV cache: it belongs to model {cache.model}, this one is {self._bundle.fingerprint}")
         if not cache.tokens or len(cache.tokens) > self.executor.context:
             raise UsageError(f"KV cache: holds {len(cache.tokens)} tokens, expected 1 to {self.executor.context}")
-        if not self.executor.trimmable:
-            raise UsageError("KV cache: it cannot be written into a device of this plan; use its +static configuration")
+        if self.executor.recurrent:
+            raise UsageError("KV cache: it cannot be imported, the model is recurrent")
         run = self.executor.open()
         self._check(cache.states, len(cache.tokens), run.read_states())
         try:

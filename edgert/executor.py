@@ -66,6 +66,7 @@ class Executor:
         self.timeout_s = timeout_s
         self.shapes: StaticShapes | None = None  # those in use, where some device has static shapes
         self._graph = bundle.graph
+        # A recurrent state cannot go back to an earlier token, nor be cut out as rows.
         self.recurrent = bundle.graph is not None and any(block.recurrent_bytes for block in bundle.graph.blocks)
         ort = [config for config in plan.configs if config.kind is DeviceKind.ORT]
         if bundle.facts.format == "onnx":
@@ -85,31 +86,11 @@ class Executor:
             shapes = shapes or (library and library.shapes) or StaticShapes()
             self.shapes = shapes.within(bundle.facts.context_length)
         self.chains = build(bundle, bundle.graph, plan, self.shapes, INPUTS, timeout_s, library)
-        self._check_hand_over()
 
     def keeps_states(self, stage: Stage) -> bool:
         """Whether some of the keys and values, or other states, are in this stage; without a block graph, yes."""
         first, last = stage.placement.first, stage.placement.last
         return self._graph is None or any(block.states for block in self._graph.blocks[first : last + 1])
-
-    def _check_hand_over(self) -> None:
-        for stage in {id(s): s for chain in self.chains[1:] and self.chains for s in chain}.values():
-            p = stage.placement
-            if not stage.compiled.states_writable and self.keeps_states(stage):
-                raise PlanError(
-                    f"plan: prefill and decode differ, and keys and values cannot be written into {p.config}; "
-                    f"use {p.config}+static"
-                )
-
-    @property
-    def trimmable(self) -> bool:
-        """Whether a sequence can go back to an earlier token; recurrent states cannot, nor can some devices' caches."""
-        return not self.recurrent and self.movable
-
-    @property
-    def movable(self) -> bool:
-        """Whether keys and values can be written into the devices."""
-        return all(stage.compiled.states_writable for chain in self.chains for stage in chain)
 
     @property
     def context(self) -> int:
@@ -342,7 +323,7 @@ class SequenceRun:
         """Go back to the first `length` tokens, or to none where the states do not allow it: see `past` after."""
         if length == self.past:
             return
-        if length and self.executor.trimmable:
+        if length and not self.executor.recurrent:
             kept = trim(self._home.read_states(), length)
             if kept is not None:
                 self._home.write_states(kept)

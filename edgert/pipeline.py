@@ -1,12 +1,13 @@
 """Send the chunks of a long prompt through devices that work at the same time.
 
-Each piece of hardware has a thread: while the second computes on chunk i, the first computes on chunk i+1. Between two
-threads there is room for one chunk, so memory does not grow with the prompt.
+Each piece of hardware has a thread, the first one that of the caller: while the second computes on chunk i, the first
+computes on chunk i+1. Between two threads there is room for one chunk, so memory does not grow with the prompt.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
@@ -34,7 +35,7 @@ def run_chunks(segments: Sequence[Segment[T]], chunks: Iterable[T]) -> T | None:
     None where there was no chunk.
 
     Args:
-        chunks: taken one after the other as the first segment gets to them, on its thread.
+        chunks: taken one after the other as the first segment gets to them.
 
     Raises:
         What a segment or `chunks` raises, after every thread has ended.
@@ -68,14 +69,12 @@ def run_chunks(segments: Sequence[Segment[T]], chunks: Iterable[T]) -> T | None:
         except BaseException as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(len(segments))]
-    try:
-        for thread in threads:
-            thread.start()
-        _join(threads)
-    except BaseException as error:  # Ctrl-C
-        failed.append(error)
-        _join(thread for thread in threads if thread.ident is not None)
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(1, len(segments))]
+    for thread in threads:
+        thread.start()
+    work(0)  # here, where Ctrl-C arrives: as any error it then ends the others
+    for thread in threads:
+        thread.join()
     if failed:
         raise failed[0]
     return last[0] if last else None
@@ -86,27 +85,27 @@ class _Turns:
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._next = self._now = 0
+        self._queue: deque[object] = deque()  # the first one has it
 
     def __enter__(self) -> None:
         with self._condition:
-            mine = self._next
-            self._next += 1
-            self._condition.wait_for(lambda: self._now == mine)
+            ticket = object()
+            self._queue.append(ticket)
+            try:
+                self._condition.wait_for(lambda: self._queue[0] is ticket)
+            except BaseException:  # Ctrl-C
+                self._queue.remove(ticket)
+                self._condition.notify_all()
+                raise
 
     def __exit__(self, *_: object) -> None:
         with self._condition:
-            self._now += 1
+            self._queue.popleft()
             self._condition.notify_all()
 
 
 class _Stopped(Exception):
     """Another thread has failed."""
-
-
-def _join(threads: Iterable[threading.Thread]) -> None:
-    for thread in threads:
-        thread.join()
 
 
 def _put(queue: Queue[T | None], chunk: T | None, failed: Sequence[BaseException]) -> None:

@@ -189,7 +189,7 @@ class Model:
         What is not in a cache yet is prefilled. `import_cache` takes it up again, on whatever device.
 
         Raises:
-            UsageError: the model is recurrent, or a device of the plan does not give its cache away.
+            UsageError: the model is recurrent.
         """
         self._need("decoder", "export_cache")
         tokens = self._tokens(prompt)
@@ -200,7 +200,7 @@ class Model:
         """Keep a cache that `export_cache` gave; the next prompt that begins with its tokens goes on from it.
 
         Raises:
-            UsageError: it belongs to another model, is longer than the context, or the devices take no cache.
+            UsageError: it belongs to another model, is longer than the context, or the model is recurrent.
             BundleError: it is damaged.
         """
         self._need("decoder", "import_cache")

@@ -392,9 +392,9 @@ def test_a_wrong_number_of_states(demo: Model, small: KvCache) -> None:
 
 def test_recurrent_models_give_no_cache(demo: Model, small: KvCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo._engine.executor, "recurrent", True)
-    with pytest.raises(UsageError, match="it cannot be exported, the model is recurrent"):
+    with pytest.raises(UsageError, match="cannot be exported, the model is recurrent"):
         demo.export_cache([1, 2, 3])
-    with pytest.raises(UsageError, match="cannot be written"):
+    with pytest.raises(UsageError, match="cannot be imported, the model is recurrent"):
         demo.import_cache(small)
 
 

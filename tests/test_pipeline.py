@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -199,12 +198,24 @@ def test_turns_go_to_who_waited_longest() -> None:
     with turns:
         for number, thread in enumerate(threads):
             thread.start()
-            until(lambda number=number: turns._next == number + 2)  # it waits
+            until(lambda number=number: len(turns._queue) == number + 2)  # it waits
         assert order == []
     ask("had it last")
     for thread in threads:
         thread.join(WAIT_S)
     assert order == [*(f"waiting {number}" for number in range(4)), "had it last"]
+
+
+def test_who_gives_up_waiting_is_passed_over() -> None:
+    turns = pipeline._Turns()
+    with turns:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(turns._condition, "wait", lambda timeout=None: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                turns.__enter__()
+        assert len(turns._queue) == 1
+    with turns:  # not for ever
+        pass
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
@@ -254,14 +265,10 @@ def test_the_first_error_counts() -> None:
         run_chunks([log.segment(0, "A", late), log.segment(1, "B", early)], chunks(5))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to a thread")
 def test_ctrl_c_ends_the_threads() -> None:
-    main = threading.main_thread().ident
-    assert main is not None
-
     def interrupt(chunk: int) -> None:
         if chunk == 3:
-            signal.pthread_kill(main, signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     log = Log()
     with pytest.raises(KeyboardInterrupt):

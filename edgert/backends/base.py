@@ -72,11 +72,6 @@ class Compiled(Protocol):
     @property
     def inputs(self) -> frozenset[str]: ...
 
-    @property
-    def states_writable(self) -> bool:
-        """Whether a run goes on rightly from states that `Runner.write_states` put there."""
-        ...
-
     def runner(self) -> Runner: ...
 
 

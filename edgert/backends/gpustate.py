@@ -68,7 +68,7 @@ class GpuStateCompiled(OpenVinoCompiled):
     """
 
     def __init__(self, compile: Callable[[], ov.CompiledModel], outputs: list[str], config: DeviceConfig) -> None:
-        super().__init__(compile(), outputs, True, config)
+        super().__init__(compile(), outputs, config)
         self._compile = compile
         self._taken: Callable[[], GpuStateRunner | None] = lambda: None
 

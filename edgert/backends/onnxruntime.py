@@ -99,7 +99,6 @@ class OnnxCompiled:
             raise DeviceFailedError(f"{config}: the model has no output beside its caches")
         self._output = others[0]
         self.inputs = frozenset(inputs) - set(self._pasts)
-        self.states_writable = True
 
     def runner(self) -> OnnxRunner:
         return OnnxRunner(self._session, self._output, self._pasts, self._config)

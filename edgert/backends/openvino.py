@@ -112,14 +112,11 @@ class OpenVinoRunner:
 class OpenVinoCompiled:
     """A compiled model. See `edgert.backends.base.Compiled`."""
 
-    def __init__(
-        self, compiled: ov.CompiledModel, outputs: list[str], states_writable: bool, config: DeviceConfig
-    ) -> None:
+    def __init__(self, compiled: ov.CompiledModel, outputs: list[str], config: DeviceConfig) -> None:
         self._compiled = compiled
         self._outputs = outputs
         self._config = config
         self.inputs = frozenset(port.get_any_name() for port in compiled.inputs)
-        self.states_writable = states_writable
 
     def runner(self) -> OpenVinoRunner:
         with failing(self._config):
@@ -153,7 +150,7 @@ class OpenVinoBackend:
                 from edgert.backends.gpustate import GpuStateCompiled
 
                 return GpuStateCompiled(lambda: core().compile_model(model, config.device, properties), outputs, config)
-            return OpenVinoCompiled(core().compile_model(model, config.device, properties), outputs, True, config)
+            return OpenVinoCompiled(core().compile_model(model, config.device, properties), outputs, config)
         except RuntimeError as error:
             raise DeviceFailedError(f"{config} cannot compile the model: {cause(error)}") from error
 
@@ -166,7 +163,7 @@ class OpenVinoBackend:
         try:
             with blob.open("rb") as stream:
                 compiled = core().import_model(stream, config.device)
-            return OpenVinoCompiled(compiled, [port.get_any_name() for port in compiled.outputs], True, config)
+            return OpenVinoCompiled(compiled, [port.get_any_name() for port in compiled.outputs], config)
         except (RuntimeError, OSError) as error:
             raise DeviceFailedError(f"{config} does not take {blob.name}: {cause(error)}") from error
 

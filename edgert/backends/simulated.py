@@ -193,7 +193,6 @@ class SimulatedCompiled:
         # Those that hold a row a token, and so tell how many tokens there are.
         self.caches = {s for b in blocks if b.kv_bytes_per_token and not b.recurrent_bytes for s in b.states}
         self.inputs = compiled.inputs
-        self.states_writable = compiled.states_writable
 
     def runner(self) -> SimulatedRunner:
         return SimulatedRunner(self._compiled.runner(), self)
