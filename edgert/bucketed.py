@@ -18,7 +18,6 @@ from edgert.shapes import KEEP, NEW, PAST, QUERY, TOTAL, Axes, StaticShape, Stat
 
 # What hides a slot in an additive mask: far below any score, and within f16's range even after a score is added.
 HIDDEN_SLOT = -32768.0
-MAX_COMPILED = 3  # a prefill and a decode shape, and one more while a sequence moves to its next bucket
 
 
 class StaticCompiled:
@@ -67,17 +66,24 @@ class StaticCompiled:
             if shape not in self._compiled:
                 self._compiled[shape] = self._build(shape)
             self._compiled.move_to_end(shape)
-            while len(self._compiled) > MAX_COMPILED:
+            # Those of one bucket, and one more while a sequence moves to its next bucket.
+            while len(self._compiled) > len(self.shapes.chunks) + 2:
                 self._compiled.popitem(last=False)
             return self._compiled[shape]
 
-    def prepare(self, *, prefill: bool, every: bool = False) -> None:
-        """Compile now what a phase begins with, so that the first sequence need not wait for it; or every bucket."""
-        tokens = self.shapes.chunks[0] if prefill and not self.head else 1
-        for bucket in self.shapes.buckets if every else self.shapes.buckets[:1]:
-            shape = self.shape_for(min(tokens, bucket), bucket - min(tokens, bucket))
-            self.usual_query = shape.query
-            self.compiled(shape)
+    @property
+    def every_shape(self) -> list[StaticShape]:
+        """All that it can be asked for."""
+        queries = (1,) if self.head else (1, *self.shapes.chunks)
+        return [StaticShape(q, bucket) for q in queries for bucket in (self.shapes.buckets if self.caches else (0,))]
+
+    def prepare(self, *, prefill: bool) -> None:
+        """Compile now what a phase begins with, so that the first sequence need not wait for it."""
+        bucket = self.shapes.buckets[0]
+        tokens = min(self.shapes.chunks[-1], bucket) if prefill and not self.head else 1
+        shape = self.shape_for(tokens, 0)
+        self.usual_query = shape.query
+        self.compiled(shape)
 
     def runner(self) -> StaticRunner:
         return StaticRunner(self)
@@ -122,7 +128,7 @@ class StaticRunner:
         runner, own = self._prepare(shape)
         target = as_array(own[BOUNDARY])
         np.copyto(target[:, :tokens], rows, casting="same_kind")
-        target[:, tokens:] = 0
+        target[:, tokens:] = target[:, tokens - 1 : tokens]  # padding that is like the rest, so no norm divides by zero
         for name, axes in self._compiled.axes.items():
             pad(as_array(own[name]), as_array(inputs[name]), axes, tokens=tokens, past=past, slots=shape.past)
         outputs = runner.infer(own)

@@ -68,7 +68,7 @@ class DeviceConfig:
     @property
     def unit(self) -> str:
         """The hardware behind it: configurations with the same unit take turns, others can run at the same time."""
-        return str(self) if self.kind is DeviceKind.SIM else self.device
+        return str(self) if self.kind is DeviceKind.SIM else self.device.removesuffix(".0")
 
     def __str__(self) -> str:
         return f"{self.device}@{self.variant}"

@@ -284,7 +284,7 @@ def _missing_libraries(kind: DeviceKind, stack: _Stack, function: PciFunction, r
     if kind is DeviceKind.GPU:
         missing = [] if _library(root, "libOpenCL.so.1") else ["libOpenCL.so.1"]
         vendors = Path(os.environ.get("OCL_ICD_VENDORS") or root / "etc/OpenCL/vendors")
-        if not any("igdrcl" in icd.read_text("utf-8", "replace") for icd in vendors.glob("*.icd")):
+        if not any("igdrcl" in _text(icd) for icd in vendors.glob("*.icd")):
             missing.append("Intel's OpenCL driver (libigdrcl.so)")
     else:
         missing = [] if _library(root, "libze_loader.so.1") else ["libze_loader.so.1 (Level Zero)"]
@@ -294,6 +294,13 @@ def _missing_libraries(kind: DeviceKind, stack: _Stack, function: PciFunction, r
     if not missing:
         return None
     return Absence(kind, f"{_name(kind, function)}: not found in user space: {', '.join(missing)}", stack.install)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 def _library(root: Path, name: str) -> bool:

@@ -6,6 +6,8 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from edgert.backends.base import Array
 from edgert.bundle import Bundle
 from edgert.device import DeviceConfig
@@ -14,7 +16,6 @@ from edgert.errors import (
     DeviceError,
     DeviceFailedError,
     DeviceNonsenseError,
-    EdgertError,
     MissingBlobError,
     PlanError,
     UsageError,
@@ -26,6 +27,7 @@ from edgert.results import Clock, Event
 from edgert.shapes import StaticShapes
 
 log = logging.getLogger("edgert")
+WORTH_CUTTING = 8  # fewer tokens than this are prefilled again sooner than a longer cache is given up for them
 
 
 class Engine:
@@ -58,6 +60,7 @@ class Engine:
         self._idle: list[SequenceRun] = []
         self._lock = threading.Lock()
         self._replacing = threading.Lock()
+        self._failed: dict[str, str] = {}  # hardware and what happened to it
         self.preparing: threading.Thread | None = None  # compiles what an NPU lacks, while another device serves
         try:
             self.executor = self._execute(plan)
@@ -66,16 +69,31 @@ class Engine:
                 raise
             reason = f"{error}; {fallback} serves until it is compiled"
             log.warning("%s", reason)
-            self.executor = self._execute(plan.replaced(error.unit or "NPU", fallback, reason))
+            self.executor = self._execute(self._without(plan, error.unit or "NPU", reason))
             self.preparing = threading.Thread(target=self._complete, args=(plan,), daemon=True)
             self.preparing.start()
 
+    @property
+    def _room(self) -> int:
+        """How many sequences may be idle; where each holds a copy of the weights, one."""
+        return min(self._max_idle, 1) if self.executor.exclusive else self._max_idle
+
     def _complete(self, plan: Plan) -> None:
         try:
-            self.replace(Executor(self._bundle, plan, shapes=self._shapes, timeout_s=self._timeout_s, complete=True))
+            executor = self._execute(plan, complete=True)
+            with self._replacing:
+                for unit, reason in self._failed.items():  # what failed in the meantime stays out
+                    if unit in {config.unit for config in executor.plan.configs}:
+                        executor = self._execute(self._without(executor.plan, unit, reason))
+                self.replace(executor)
             log.info("the submodels for the NPU are compiled; it serves from now on")
-        except EdgertError as error:
+        except Exception as error:  # of whatever kind: the thread has nobody else to tell
             log.warning("the NPU stays unused: %s", error)
+
+    def _without(self, plan: Plan, unit: str, reason: str) -> Plan:
+        assert self._fallback is not None
+        plan = plan.replaced(unit, self._fallback, reason)
+        return plan.with_host(self._bundle.graph) if self._bundle.graph else plan
 
     def take(self, tokens: Sequence[int]) -> SequenceRun:
         """The idle sequence with the longest common beginning, cut back to it; a fresh one where there is none.
@@ -86,9 +104,9 @@ class Engine:
             best = max(self._idle, key=lambda run: _common(run.tokens, tokens), default=None)
             if best is not None:
                 common = _common(best.tokens, tokens)
-                if 2 * common < best.past and common < len(tokens) - 1:
+                if 2 * common < best.past and common < max(len(tokens) - 1, WORTH_CUTTING):
                     # Another conversation's cache: leave it, or, where there is no room for one more, take the oldest.
-                    best = self._idle[0] if len(self._idle) >= self._max_idle else None
+                    best = self._idle[0] if len(self._idle) >= self._room else None
             if best is not None:
                 self._idle.remove(best)
         if best is None:
@@ -104,7 +122,7 @@ class Engine:
         with self._lock:
             if run.executor is self.executor:
                 self._idle.append(run)
-                del self._idle[: len(self._idle) - self._max_idle]
+                del self._idle[: max(0, len(self._idle) - self._room)]
 
     def clear(self) -> None:
         """Drop all idle sequences."""
@@ -133,6 +151,8 @@ class Engine:
                 return run, logits
             except DeviceFailedError as error:
                 run = self._fail_over(run, error, clock)
+                if len(tokens) > run.executor.context:  # the fallback has less room: nothing can be done
+                    raise
             finally:
                 clock.devices(len(tokens) > clock.prompt_tokens, run.infer_us, run.handover_us)
 
@@ -141,9 +161,10 @@ class Engine:
         if unit is None or fallback is None or unit == fallback.unit or self._bundle.facts.format == "onnx":
             raise error
         with self._replacing:  # one thread compiles, the others that saw the same device fail wait for it
+            self._failed.setdefault(unit, str(error))
             if unit in {config.unit for config in self.executor.plan.configs}:
                 try:
-                    self.replace(self._execute(self.executor.plan.replaced(unit, fallback, f"{error}")))
+                    self.replace(self._execute(self._without(self.executor.plan, unit, str(error))))
                 except (DeviceError, PlanError) as second:
                     raise error from second
         states = None if isinstance(error, DeviceNonsenseError) else run.salvage()
@@ -191,6 +212,8 @@ class Engine:
             raise UsageError(f"KV cache: holds {len(cache.tokens)} tokens, expected 1 to {self.executor.context}")
         if self.executor.recurrent:
             raise UsageError("KV cache: it cannot be imported, the model is recurrent")
+        if not self._room:
+            raise UsageError("KV cache: max_idle is 0, so there is no room to keep it")
         run = self.executor.open()
         self._check(cache.states, len(cache.tokens), run.read_states())
         try:
@@ -201,13 +224,15 @@ class Engine:
 
     def _check(self, states: Mapping[str, Array], tokens: int, empty: Mapping[str, Array]) -> None:
         graph = self._bundle.graph
-        known = {state for block in graph.blocks for state in block.states} if graph else set()
+        known = {state for block in graph.blocks for state in block.states} if graph else set(empty)
         if known != set(states):
             raise BundleError(f"KV cache: holds {len(states)} states, the model has {len(known)}")
         for name, rows in states.items():
             own = empty.get(name, rows)  # what a device keeps itself it describes
             if rows.ndim != 4 or rows.shape != (1, own.shape[1], tokens, own.shape[3]):
                 raise BundleError(f"KV cache: state {name!r} is {list(rows.shape)} for {tokens} tokens")
+            if not np.isfinite(rows).all():
+                raise BundleError(f"KV cache: state {name!r} holds infinite values or NaN")
         for block in graph.blocks if graph else ():
             values = sum(states[state].shape[1] * states[state].shape[3] for state in block.states)
             if block.kv_bytes_per_token not in {2 * values, 4 * values}:  # f16 or f32, whichever the model has
@@ -215,8 +240,8 @@ class Engine:
                     f"KV cache: {block.name} has {values} values a token, the model {block.kv_bytes_per_token} bytes"
                 )
 
-    def _execute(self, plan: Plan) -> Executor:
-        return Executor(self._bundle, plan, shapes=self._shapes, timeout_s=self._timeout_s)
+    def _execute(self, plan: Plan, *, complete: bool = False) -> Executor:
+        return Executor(self._bundle, plan, shapes=self._shapes, timeout_s=self._timeout_s, complete=complete)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

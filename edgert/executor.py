@@ -71,7 +71,8 @@ class Executor:
         ort = [config for config in plan.configs if config.kind is DeviceKind.ORT]
         if bundle.facts.format == "onnx":
             if len(plan.placements) != 1 or not ort or plan.decode:
-                raise PlanError(f"plan: an ONNX bundle runs whole on one ORT device, not on {plan.explain()!r}")
+                asked = ", ".join(map(str, plan.configs))
+                raise PlanError(f"plan: an ONNX bundle runs whole on one ORT device, not on {asked}")
             config = plan.placements[0].config
             compiled = require(config).compile(bundle.model_path, config)
             self.chains: tuple[tuple[Stage, ...], ...] = ((Stage(plan.placements[0], compiled),),)
@@ -91,6 +92,11 @@ class Executor:
         """Whether some of the keys and values, or other states, are in this stage; without a block graph, yes."""
         first, last = stage.placement.first, stage.placement.last
         return self._graph is None or any(block.states for block in self._graph.blocks[first : last + 1])
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether every sequence holds compiled submodels, and so weights, of its own; see `backends.gpustate`."""
+        return any(config.kind is DeviceKind.GPU and not config.static for config in self.plan.configs)
 
     @property
     def context(self) -> int:

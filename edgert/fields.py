@@ -69,7 +69,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_INTEGER:
             return value
     elif kind is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_INTEGER
+        if whole or isinstance(value, float):
             return float(value)
     elif isinstance(kind, type) and is_dataclass(kind):
         return build(kind, value, where)

@@ -96,6 +96,7 @@ class Plan:
 
         On a GPU or NPU, and with static shapes, the lookup of embeddings stays on the CPU: it reads one row a token.
         """
+        config = _suited(graph, config)
         configs, rationale = [config] * len(graph.blocks), f"single device {config}"
         if (config.static or config.kind is DeviceKind.GPU) and _has_embedding(graph):
             configs[0], rationale = HOST, f"{rationale}, embedding on {HOST}"
@@ -119,7 +120,7 @@ class Plan:
             phase, colon, selector = left.partition(":") if ":" in left else ("", "", left)
             if not equals or not selector or not target or (colon and phase not in PHASES):
                 raise PlanError(f"placement rule {rule!r}: expected [prefill:|decode:]SELECTOR=DEVICE@VARIANT")
-            config = DeviceConfig.parse(target)
+            config = _suited(graph, DeviceConfig.parse(target))
             blocks = _select(graph, selector)
             if not blocks:
                 names = ", ".join(dict.fromkeys(str(b.kind) for b in graph.blocks))
@@ -134,7 +135,7 @@ class Plan:
             f"explicit placement {rules}",
             decode=_fill(chosen["decode"], "decode"),
         )
-        return plan._embedding_on_host(graph)
+        return plan.with_host(graph)
 
     def replaced(self, unit: str, config: DeviceConfig, reason: str) -> Plan:
         """This plan with all that runs on a piece of hardware (`DeviceConfig.unit`) moved to another configuration."""
@@ -154,7 +155,7 @@ class Plan:
             warnings=(*self.warnings, reason),
         )
 
-    def _embedding_on_host(self, graph: BlockGraph) -> Plan:
+    def with_host(self, graph: BlockGraph) -> Plan:
         """The plan with the embedding on the CPU wherever it was to have static shapes, which take no token ids."""
         if not _has_embedding(graph):
             return self
@@ -206,6 +207,9 @@ class Plan:
                     f"plan: {graph.blocks[0].name} is on {placements[0].config}, whose static shapes take no token "
                     f"ids; place it on {HOST}" + (f" ({graph.reason})" if graph.reason else "")
                 )
+        static = next((config for config in self.configs if config.static), None)
+        if static is not None and not _keeps_cache(graph):
+            raise PlanError(f"plan: static shapes ({static}) are for decoders; this model keeps no keys and values")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -249,6 +253,7 @@ class Plan:
                 blocks = f"block {p.first}" if p.first == p.last else f"blocks {p.first}-{p.last}"
                 lines.append(f"  {blocks} on {p.config}")
         if graph is not None:
+            self.check(graph)
             lines.append(self.explain_weights(graph))
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
@@ -310,6 +315,17 @@ def _fill(configs: Sequence[DeviceConfig | None], phase: str) -> list[DeviceConf
     for given in configs:
         filled.append(given or (filled[-1] if filled else first))
     return filled
+
+
+def _keeps_cache(graph: BlockGraph) -> bool:
+    return any(block.states for block in graph.blocks)
+
+
+def _suited(graph: BlockGraph, config: DeviceConfig) -> DeviceConfig:
+    """On a GPU, static shapes are a form of cache: a model without one, or in one piece, runs there as it is."""
+    if config.kind is DeviceKind.GPU and config.static and not (_has_embedding(graph) and _keeps_cache(graph)):
+        return replace(config, variant=config.variant.removesuffix("+static"))
+    return config
 
 
 def _has_embedding(graph: BlockGraph) -> bool:

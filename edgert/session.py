@@ -18,6 +18,7 @@ from typing import Any, TypedDict, TypeVar, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from edgert.backends import info_of
 from edgert.bundle import Bundle
 from edgert.device import DeviceConfig, DeviceKind
 from edgert.engine import Engine
@@ -31,6 +32,7 @@ from edgert.shapes import StaticShapes
 from edgert.text import StreamDecoder, Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
+MAX_TIMEOUT_S = 86400
 T = TypeVar("T")
 
 
@@ -341,14 +343,19 @@ def load(
             raise UsageError(f"{name} is {value!r}, expected a whole number from {least}")
     bundle = Bundle.open(Path(path), verify=verify)
     chosen = choose_plan(bundle, plan=plan, device=device, place=place)
-    if not device_timeout_s > 0:
-        raise UsageError(f"device_timeout_s is {device_timeout_s!r}, expected a positive number")
+    if not isinstance(device_timeout_s, (int, float)) or not 0 < device_timeout_s <= MAX_TIMEOUT_S:
+        raise UsageError(
+            f"device_timeout_s is {device_timeout_s!r}, expected a number above 0, at most {MAX_TIMEOUT_S}"
+        )
+    takes_over = _config(fallback)
+    if takes_over is not None and bundle.facts.format == "openvino":
+        info_of(takes_over)  # now, and not when a device has failed
     engine = Engine(
         bundle,
         chosen,
         chunk=prefill_chunk,
         max_idle=max_idle,
-        fallback=_config(fallback),
+        fallback=takes_over,
         shapes=static_shapes,
         timeout_s=device_timeout_s,
     )

@@ -8,7 +8,9 @@ from edgert.errors import ContextOverflowError, UsageError
 
 KEEP = "logits_to_keep"  # the head's input that says for how many of the last tokens logits are wanted
 PAST, NEW = "past.", "new."  # cache inputs and outputs of static submodels are called so, then the id of the state
+MAX_CHUNK, MAX_BUCKET = 4096, 2**20
 QUERY, TOTAL = "query", "total"
+FORM = 1  # of static submodels: raised whenever `edgert.static.lower` makes others of the same model
 Axes = tuple[int | str, ...]
 """What the dimensions of a tensor are: numbers, `query` (rows of new tokens) or `total` (past and new ones)."""
 
@@ -42,7 +44,10 @@ class StaticShapes:
     buckets: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
 
     def __post_init__(self) -> None:
-        for name, values, low, high in (("chunks", self.chunks, 2, 4096), ("buckets", self.buckets, 1, 2**20)):
+        for name, values, low, high in (
+            ("chunks", self.chunks, 2, MAX_CHUNK),
+            ("buckets", self.buckets, 1, MAX_BUCKET),
+        ):
             if not values or list(values) != sorted(set(values)) or values[0] < low or values[-1] > high:
                 raise UsageError(
                     f"static shapes: {name} are {list(values)}, expected ascending numbers {low} to {high}"

@@ -12,11 +12,11 @@ from edgert.backends.base import Backend, Compiled, Runner, TensorCompiled, Tens
 from edgert.bucketed import StaticCompiled
 from edgert.bundle import Bundle
 from edgert.device import DeviceConfig, DeviceKind
-from edgert.errors import BundleError, PlanError, cause
+from edgert.errors import BundleError, DeviceFailedError, PlanError, cause
 from edgert.graph import BOUNDARY, Block, BlockGraph, BlockKind
 from edgert.guard import guarded
 from edgert.placement import Placement, Plan
-from edgert.shapes import KEEP, Axes, StaticShape, StaticShapes
+from edgert.shapes import KEEP, PAST, Axes, StaticShape, StaticShapes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -126,8 +126,7 @@ def build(
     for phase, chain in (("prefill", chains[0]), ("decode", chains[-1])):
         for stage in chain:
             if isinstance(stage.compiled, StaticCompiled):
-                every = library is not None and library.complete and stage.placement.config.kind is DeviceKind.NPU
-                stage.compiled.prepare(prefill=phase == "prefill", every=every)
+                stage.compiled.prepare(prefill=phase == "prefill")
     return tuple(chains)
 
 
@@ -210,12 +209,24 @@ def _compile(
             return cast("TensorCompiled", backend.compile(lower(shape), config, blocks))
 
         def load(blob: Path) -> TensorCompiled:
-            return cast("OpenVinoBackend", backend).load_blob(blob, config)
+            loaded = cast("OpenVinoBackend", backend).load_blob(blob, config)
+            if loaded.inputs != expected:
+                raise DeviceFailedError(f"{config}: {blob.name} takes {len(loaded.inputs)} other inputs")
+            return cast("TensorCompiled", loaded)
 
-        return library.get((placement.first, placement.last), shape, load, lambda: lower(shape))
+        try:
+            return library.get((placement.first, placement.last), shape, load, lambda: lower(shape))
+        except DeviceFailedError as error:
+            error.unit = config.unit
+            raise
 
     def guard(runner: TensorRunner) -> Runner:
         return guarded(runner, config, timeout_s)
 
     caches, head = static.caches(submodel), KEEP in names
-    return StaticCompiled(build_shape, guard, own, caches, shapes, half=config.half, head=head)
+    expected = {BOUNDARY, *own, *(f"{PAST}{state}" for state in caches)}
+    compiled = StaticCompiled(build_shape, guard, own, caches, shapes, half=config.half, head=head)
+    if library is not None and config.kind is DeviceKind.NPU:
+        for shape in compiled.every_shape:  # now, or a bucket may be missing in the middle of an answer
+            library.require((placement.first, placement.last), shape, lambda shape=shape: lower(shape))  # type: ignore[misc]
+    return compiled

@@ -117,7 +117,7 @@ def lower(submodel: ov.Model, shape: StaticShape, axes: Mapping[str, Axes], *, h
     if dynamic is not None:
         raise PlanError(
             f"static shapes: {dynamic.get_type_name()} {dynamic.get_friendly_name()!r} has a dimension that depends on "
-            "data; place its block on CPU or GPU"
+            "data; place its block on CPU or GPU@f16"
         )
     return model
 

@@ -243,7 +243,7 @@ def test_hash_is_of_what_is_computed(tmp_path: Path) -> None:
     assert len(hashes | {first}) == 5
 
 
-IDENTITY = Identity("0" * 64, "2026.4.1", "plugin-2026.4.1", "4000", {"PERFORMANCE_HINT": "LATENCY"})
+IDENTITY = Identity("0" * 64, 1, "2026.4.1", "plugin-2026.4.1", "4000", {"PERFORMANCE_HINT": "LATENCY"})
 SHAPE = StaticShape(64, 512)
 
 

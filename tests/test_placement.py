@@ -150,3 +150,12 @@ def test_missing_plan_file(tmp_path: Path) -> None:
 def test_plans_that_do_not_cover_the_model(placements: tuple[Placement, ...]) -> None:
     with pytest.raises(PlanError, match="plan"):
         Plan(placements, "broken").check(GRAPH)
+
+
+def test_a_model_without_a_cache_has_no_static_shapes() -> None:
+    """An encoder, or a model in one piece, runs on a GPU as it is."""
+    plan = Plan.single(GRAPH, DeviceConfig.parse("GPU"))
+    assert {str(c) for c in plan.configs} == {"CPU@f32", "GPU@f16"}
+    assert {str(c) for c in Plan.explicit(GRAPH, "*=GPU").configs} == {"GPU@f16"}
+    with pytest.raises(PlanError, match="are for decoders"):
+        Plan.explicit(GRAPH, "*=CPU@f32+static").check(GRAPH)

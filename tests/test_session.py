@@ -6,6 +6,7 @@ import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -331,3 +332,34 @@ def test_a_plan_for_another_model(demo_path: Path, demo: Model) -> None:
     config = demo.plan.placements[0].config
     with pytest.raises(PlanError, match="the model has 10"):
         edgert.load(demo_path, plan=Plan.from_configs([config] * 4, "too short"))
+
+
+def test_as_many_idle_sequences_as_asked_for(demo_path: Path) -> None:
+    model = edgert.load(demo_path, device="CPU@f32", max_idle=4)
+    prompts = [[100 * i + j for j in range(1, 9)] for i in range(1, 7)]
+    kept = []
+    for prompt in prompts:
+        model.generate(prompt, max_tokens=1)
+        kept.append(len(model._engine._idle))
+    assert kept == [1, 2, 3, 4, 4, 4]
+    assert model.generate(prompts[3], max_tokens=1).timings.reused_tokens == 7
+
+
+def test_a_short_prompt_leaves_a_long_cache_alone(demo_path: Path) -> None:
+    model = edgert.load(demo_path, device="CPU@f32")
+    long = list(range(1, 40))
+    model.generate(long, max_tokens=1)
+    model.generate([1], max_tokens=1)
+    model.generate([1, 500], max_tokens=1)
+    assert model.generate(long, max_tokens=1).timings.reused_tokens == 38
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan"), 1e9, "60"])
+def test_bad_timeouts(demo_path: Path, seconds: Any) -> None:
+    with pytest.raises(UsageError, match="device_timeout_s is"):
+        edgert.load(demo_path, device_timeout_s=seconds)
+
+
+def test_the_fallback_must_be_there(demo_path: Path) -> None:
+    with pytest.raises(UnknownDeviceError, match="NPU"):
+        edgert.load(demo_path, fallback="NPU")

@@ -9,6 +9,7 @@ a sequence begins with a run of another length that is thrown away, and two sequ
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 
@@ -70,10 +71,11 @@ class GpuStateCompiled(OpenVinoCompiled):
     def __init__(self, compile: Callable[[], ov.CompiledModel], outputs: list[str], config: DeviceConfig) -> None:
         super().__init__(compile(), outputs, config)
         self._compile = compile
+        self._lock = threading.Lock()
         self._taken: Callable[[], GpuStateRunner | None] = lambda: None
 
     def runner(self) -> GpuStateRunner:
-        with failing(self._config):
+        with self._lock, failing(self._config):
             if self._taken() is not None:
                 return GpuStateRunner(self._compile(), self._outputs, self._config)
             runner = GpuStateRunner(self._compiled, self._outputs, self._config)

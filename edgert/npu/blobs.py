@@ -1,7 +1,7 @@
 """Compiled NPU submodels and what they were made of: the folder `npu` of a bundle, or of a device's own cache.
 
-A blob is only good for the very model, compiler, platform and properties that it was made with. These make up its
-identity; whoever needs another has a stale blob, which is the same as none.
+What a blob was made of and with is its identity. At build time one of the same identity is not made again; on a device
+one of another form, OpenVINO release or platform is stale, which is the same as none (`edgert.npu.library`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgert.bundle import sha256
 from edgert.errors import BundleError
 from edgert.fields import build
 from edgert.npu.compiler import PLATFORMS, Compiled
-from edgert.shapes import StaticShape
+from edgert.shapes import MAX_BUCKET, MAX_CHUNK, StaticShape
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -37,6 +37,7 @@ class Identity:
 
     Attributes:
         ir_sha256: of the static submodel; see `hash_ir`.
+        form: `edgert.shapes.FORM` of the edgert that made the submodel.
         openvino: release that the blob is for.
         compiler: `Compiler.version`.
         platform: one of `compiler.PLATFORMS`.
@@ -44,6 +45,7 @@ class Identity:
     """
 
     ir_sha256: str
+    form: int
     openvino: str
     compiler: str
     platform: str
@@ -207,7 +209,9 @@ def _check(blob: Blob) -> None:
     if blob.identity.platform not in PLATFORMS:
         raise ValueError(f"platform {blob.identity.platform!r}, expected one of {', '.join(PLATFORMS)}")
     numbers = (blob.first, blob.last - blob.first, blob.shape.query - 1, blob.shape.past, blob.bytes - 1)
-    if min(numbers) < 0 or not 0 <= blob.compile_s < float("inf"):
+    times = (blob.compile_s, blob.estimated_us or 0.0)
+    large = blob.shape.query > MAX_CHUNK or blob.shape.past > MAX_BUCKET
+    if min(numbers) < 0 or large or not all(0 <= t < float("inf") for t in times):
         raise ValueError(f"blob {blob.file}: blocks, shape, bytes or compile_s out of range")
 
 

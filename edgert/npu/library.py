@@ -16,7 +16,7 @@ from edgert.errors import BundleError, DeviceFailedError, MissingBlobError
 from edgert.folders import cache_folder
 from edgert.npu.blobs import Blob, BlobStore, Identity, hash_ir, rename
 from edgert.npu.compiler import Compiler, Failed, Limits, find, openvino_version
-from edgert.shapes import StaticShape, StaticShapes
+from edgert.shapes import FORM, StaticShape, StaticShapes
 
 T = TypeVar("T")
 log = logging.getLogger("edgert")
@@ -42,6 +42,21 @@ def make(
     Raises:
         DeviceFailedError: the compiler gave no blob; the message has its own words.
     """
+    try:
+        return _make(store, model, blocks, shape, platform, compiler, limits)
+    except OSError as error:
+        raise DeviceFailedError(f"NPU blobs: {store.folder} cannot be written: {error}") from error
+
+
+def _make(
+    store: BlobStore,
+    model: ov.Model,
+    blocks: tuple[int, int],
+    shape: StaticShape,
+    platform: str,
+    compiler: Compiler,
+    limits: Limits,
+) -> Blob:
     store.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".npu-", dir=store.folder.parent, ignore_cleanup_errors=True) as folder:
         xml = Path(folder) / "model.xml"
@@ -50,7 +65,7 @@ def make(
         digest = hash_ir(xml)
         failures: list[Failed] = []
         for properties in ATTEMPTS:
-            identity = Identity(digest, openvino_version(), compiler.version, platform, dict(properties))
+            identity = Identity(digest, FORM, openvino_version(), compiler.version, platform, dict(properties))
             if (shared := store.share(identity, blocks, shape)) is not None:
                 return shared
             result = compiler.compile(xml, Path(folder) / "out.blob", platform, properties, limits)
@@ -127,13 +142,21 @@ class Library:
                     return load(path)
                 except DeviceFailedError as error:
                     why.append(str(error))
+        return load(self._make(blocks, shape, lowered, why[-1]))
+
+    def require(self, blocks: tuple[int, int], shape: StaticShape, lowered: Callable[[], ov.Model]) -> None:
+        """See that there is a blob, without loading it; raises as `get`."""
+        why = ["there is none"]
+        if not any(self._find(store, blocks, shape, why) for store in self._stores):
+            self._make(blocks, shape, lowered, why[-1])
+
+    def _make(self, blocks: tuple[int, int], shape: StaticShape, lowered: Callable[[], ov.Model], reason: str) -> Path:
         if not self.complete:
-            raise MissingBlobError(f"NPU blob of blocks {blocks[0]}-{blocks[1]} at {shape}: {why[-1]}")
+            raise MissingBlobError(f"NPU blob of blocks {blocks[0]}-{blocks[1]} at {shape}: {reason}")
         compiler = self._find_compiler()
         if compiler is None:
             raise DeviceFailedError("NPU compiler: none is here; see edgert doctor")
-        row = make(self._own, lowered(), blocks, shape, self.platform, compiler, Limits())
-        return load(self._own.folder / row.file)
+        return self._own.folder / make(self._own, lowered(), blocks, shape, self.platform, compiler, Limits()).file
 
     def _find(self, store: BlobStore, blocks: tuple[int, int], shape: StaticShape, why: list[str]) -> Path | None:
         """A blob that fits this OpenVINO; `why` is told why one that is there does not serve."""
@@ -141,9 +164,12 @@ class Library:
             for row in store.blobs():
                 if (row.first, row.last, row.shape, row.identity.platform) != (*blocks, shape, self.platform):
                     continue
-                if row.identity.openvino == openvino_version():
+                if row.identity.form != FORM:
+                    why.append("it is of another edgert")
+                elif row.identity.openvino == openvino_version():
                     return store.find(row.identity)
-                why.append(f"it is of OpenVINO {row.identity.openvino}, installed is {openvino_version()}")
+                else:
+                    why.append(f"it is of OpenVINO {row.identity.openvino}, installed is {openvino_version()}")
         except BundleError as error:
             if store is not self._own:
                 raise

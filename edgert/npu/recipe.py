@@ -20,7 +20,7 @@ from edgert.residual import ResidualStream, Uncuttable
 
 GROUP_SIZES = (-1, 128)
 _WEIGHTS = "compile with --weights int4 --sym --group-size -1"
-_ELSEWHERE = "place the block on CPU or GPU"
+_ELSEWHERE = "place the block on CPU or GPU@f16"
 
 # Rejected whatever their attributes (Bucketize: unless it gives i32, which exporters do not ask for), each on at least
 # one platform: docs/npu.md says which were tried where. NonZero is rejected with what follows it, as its result has no
