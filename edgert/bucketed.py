@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
@@ -138,8 +138,12 @@ class StaticRunner:
         rows_of = {name.removeprefix(NEW): as_array(a) for name, a in outputs.items()}
         return {name: a[:, :tokens] for name, a in rows_of.items() if name not in self._cache}
 
-    def read_states(self) -> dict[str, Array]:
-        return {state: as_array(cache)[:, :, : self.past].copy() for state, cache in self._cache.items()}
+    def read_states(self, names: Collection[str] | None = None) -> dict[str, Array]:
+        return {
+            state: as_array(cache)[:, :, : self.past].copy()
+            for state, cache in self._cache.items()
+            if names is None or state in names
+        }
 
     def write_states(self, states: Mapping[str, Array]) -> None:
         rows = {state: a for state, a in states.items() if state in self._compiled.caches}

@@ -90,8 +90,12 @@ class Executor:
 
     def keeps_states(self, stage: Stage) -> bool:
         """Whether some of the keys and values, or other states, are in this stage; without a block graph, yes."""
-        first, last = stage.placement.first, stage.placement.last
-        return self._graph is None or any(block.states for block in self._graph.blocks[first : last + 1])
+        return self._graph is None or bool(self.states_of(stage))
+
+    def states_of(self, stage: Stage) -> list[str]:
+        """The ids of the states in a stage, as far as the block graph tells."""
+        blocks = self._graph.blocks[stage.placement.first : stage.placement.last + 1] if self._graph else ()
+        return [state for block in blocks for state in block.states]
 
     @property
     def exclusive(self) -> bool:
@@ -178,12 +182,11 @@ class _Chain:
         starts = [i for i, unit in enumerate(units) if i == 0 or units[i - 1] != unit]
         return [range(a, b) for a, b in zip(starts, [*starts[1:], len(units)], strict=True)]
 
-    def read_states(self, skip: Collection[Runner] = ()) -> dict[str, Array]:
+    def read_states(self) -> dict[str, Array]:
         states: dict[str, Array] = {}
         for config, runner in self._keepers():
-            if runner not in skip:
-                with _on(config):
-                    states |= runner.read_states()
+            with _on(config):
+                states |= runner.read_states()
         return states
 
     def write_states(self, states: Mapping[str, Array], skip: Collection[Runner] = ()) -> None:
@@ -193,8 +196,15 @@ class _Chain:
                     runner.write_states(states)
 
     def take_over(self, other: _Chain) -> None:
-        """Copy the cache of the other phase; what both have in common is there already."""
-        self.write_states(other.read_states(skip=self.runners), skip=other.runners)
+        """Copy the cache of the other phase; what both have in common is there already.
+
+        State by state, so that no second cache is needed on the way.
+        """
+        for stage, runner in zip(other.stages, other.runners, strict=True):
+            for name in () if runner in self.runners else self._executor.states_of(stage):
+                with _on(stage.placement.config):
+                    rows = runner.read_states([name])
+                self.write_states(rows, skip=other.runners)
 
     def reset(self) -> None:
         for config, runner in self._keepers() if "runners" in self.__dict__ else ():

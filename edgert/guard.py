@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -55,8 +55,8 @@ class GuardedRunner:
                 raise DeviceNonsenseError(f"{self._config} failed: NaN in its output {name!r}")
         return outputs
 
-    def read_states(self) -> dict[str, Array]:
-        return self._call(self._runner.read_states)
+    def read_states(self, names: Collection[str] | None = None) -> dict[str, Array]:
+        return self._call(lambda: self._runner.read_states(names))
 
     def write_states(self, states: Mapping[str, Array]) -> None:
         self._call(lambda: self._runner.write_states(states))

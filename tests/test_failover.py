@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -237,11 +237,11 @@ def test_nothing_takes_over(
     assert caught.value.unit == "SIM@f32"
 
 
-@pytest.mark.parametrize("fallback", ["SIM@f32", "NPU@f16", "GPU.7@f16", "ORT@CPU"])
+@pytest.mark.parametrize("fallback", ["SIM@f32", "ORT@CPU"])
 def test_what_cannot_take_over(
     breaking: Break, loaded: Callable[..., Model], prompt: list[int], fallback: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The same hardware, one that is not there, or one that runs other models: the failure is what is told."""
+    """The same hardware, or one that runs other models: the failure is what is told."""
     breaking(4)
     model = loaded(WHOLE, fallback=fallback)
     with pytest.raises(DeviceFailedError, match="SIM@f32 failed: simulated device lost"):
@@ -438,7 +438,7 @@ class Fake:
         self.hang.wait()
         return {"whole": np.ones(3, np.int64), "hidden": np.array([[1.0, *self.outputs]], inputs["type"].dtype)}
 
-    def read_states(self) -> dict[str, Array]:
+    def read_states(self, names: Collection[str] | None = None) -> dict[str, Array]:
         self.hang.wait()
         return {"state": np.zeros(1)}
 

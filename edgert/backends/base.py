@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -45,8 +45,11 @@ class Runner(Protocol):
         """
         ...
 
-    def read_states(self) -> dict[str, Array]:
-        """Copies of all states by variable id; keys and values are `[batch, heads, tokens, head_dim]`."""
+    def read_states(self, names: Collection[str] | None = None) -> dict[str, Array]:
+        """Copies of all states, or of those that are named, by variable id.
+
+        Keys and values are `[batch, heads, tokens, head_dim]`.
+        """
         ...
 
     def write_states(self, states: Mapping[str, Array]) -> None:

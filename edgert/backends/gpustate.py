@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import openvino as ov
@@ -29,6 +29,7 @@ class GpuStateRunner(OpenVinoRunner):
         super().__init__(compiled, outputs, config)
         self._ports = compiled.inputs
         self._empty = True
+        self._prepared = False  # for states to be written
 
     def infer(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._empty:
@@ -36,18 +37,20 @@ class GpuStateRunner(OpenVinoRunner):
             self._throw_away(2 if tokens == 1 else 1)
             super().reset()
             self._empty = False
+        self._prepared = False
         return super().infer(inputs)
 
-    def read_states(self) -> dict[str, Array]:
-        return {} if self._empty else super().read_states()
+    def read_states(self, names: Collection[str] | None = None) -> dict[str, Array]:
+        return {} if self._empty else super().read_states(names)
 
     def write_states(self, states: Mapping[str, Array]) -> None:
-        self._throw_away(1)
+        if not self._prepared:
+            self._throw_away(1)
         super().write_states(states)
-        self._empty = False
+        self._empty, self._prepared = False, True
 
     def reset(self) -> None:
-        self._empty = True
+        self._empty, self._prepared = True, False
 
     def _throw_away(self, tokens: int) -> None:
         """Run on so many tokens, without any before them."""

@@ -7,7 +7,7 @@ host memory as OrtValues, and what one call gives the next one takes without a c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,8 +62,8 @@ class OnnxRunner:
         self._states = dict(zip(self._pasts, results[1:], strict=True))
         return {self._output: output}
 
-    def read_states(self) -> dict[str, Array]:
-        return {name: value.numpy().copy() for name, value in self._states.items()}
+    def read_states(self, names: Collection[str] | None = None) -> dict[str, Array]:
+        return {n: value.numpy().copy() for n, value in self._states.items() if names is None or n in names}
 
     def write_states(self, states: Mapping[str, Array]) -> None:
         self._states.update({name: _value(array) for name, array in states.items()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -88,9 +88,9 @@ class OpenVinoRunner:
             tensor = self._bound[name] = self._request.get_tensor(dict(self._inputs)[name])
         return tensor
 
-    def read_states(self) -> dict[str, Array]:
+    def read_states(self, names: Collection[str] | None = None) -> dict[str, Array]:
         with failing(self._config):
-            states = self._request.query_state()
+            states = [s for s in self._request.query_state() if names is None or s.name in names]
             if self._copies_states is None and states:
                 # The CPU plugin makes a new tensor of a cache each time it is asked; what does not is copied here.
                 once, again = states[0].state, states[0].state
