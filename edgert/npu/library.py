@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import openvino as ov
 
 from edgert.bundle import Bundle
-from edgert.errors import BundleError, DeviceFailedError, MissingBlobError
+from edgert.errors import BundleError, DeviceFailedError, MissingBlobError, cause
 from edgert.folders import cache_folder
 from edgert.npu.blobs import Blob, BlobStore, Identity, hash_ir, rename
 from edgert.npu.compiler import Compiler, Failed, Limits, find, openvino_version
@@ -42,23 +43,8 @@ def make(
     Raises:
         DeviceFailedError: the compiler gave no blob; the message has its own words.
     """
-    try:
-        return _make(store, model, blocks, shape, platform, compiler, limits)
-    except OSError as error:
-        raise DeviceFailedError(f"NPU blobs: {store.folder} cannot be written: {error}") from error
-
-
-def _make(
-    store: BlobStore,
-    model: ov.Model,
-    blocks: tuple[int, int],
-    shape: StaticShape,
-    platform: str,
-    compiler: Compiler,
-    limits: Limits,
-) -> Blob:
-    store.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".npu-", dir=store.folder.parent, ignore_cleanup_errors=True) as folder:
+    with _temporary(store.folder.parent) as folder:
+        store.folder.mkdir(exist_ok=True)
         xml = Path(folder) / "model.xml"
         rename(model)
         ov.save_model(model, xml, compress_to_fp16=False)
@@ -78,6 +64,17 @@ def _make(
         f"NPU compiler {compiler.version}: blocks {blocks[0]}-{blocks[1]} at {shape} for {platform}: "
         f"{failures[0].kind}: {failures[0].reason}"
     )
+
+
+@contextmanager
+def _temporary(parent: Path) -> Iterator[str]:
+    """A folder in `parent` that is gone afterwards; a disk that takes nothing is a `DeviceFailedError`."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".npu-", dir=parent, ignore_cleanup_errors=True) as folder:
+            yield folder
+    except (OSError, RuntimeError) as error:  # OpenVINO raises the latter when it cannot write a model
+        raise DeviceFailedError(f"NPU blobs: {parent} cannot be written: {cause(error)}") from error
 
 
 class Library:
