@@ -27,7 +27,7 @@ from edgert.results import Clock, Event
 from edgert.shapes import StaticShapes
 
 log = logging.getLogger("edgert")
-WORTH_CUTTING = 8  # fewer tokens than this are prefilled again sooner than a longer cache is given up for them
+WORTH_CUTTING = 2  # a single token, e.g. one that every prompt begins with, is not worth a longer cache
 
 
 class Engine:

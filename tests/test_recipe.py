@@ -131,7 +131,7 @@ def bfloat(x: ov.Output) -> ov.Node:
 @pytest.mark.parametrize("block", ["attention.0", "ffn.1"])
 def test_operations(change: Callable[[ov.Output], ov.Node], what: str, value: str, block: str) -> None:
     model = changed(tiny(), block, change)
-    assert found(model) == [Finding(block, what, value, "place the block on CPU or GPU")]
+    assert found(model) == [Finding(block, what, value, "place the block on CPU or GPU@f16")]
     graph = annotate(model)
     others = [b.index for b in graph.blocks if b.name != block]
     assert check(model, graph, blocks=range(others[0], others[0] + 1)) == []
