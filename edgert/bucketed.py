@@ -29,7 +29,6 @@ class StaticCompiled:
         axes: dimensions of the prelude tensors that the submodel takes.
         caches: heads and head size of each state, by id.
         shapes: what to compile for.
-        half: whether real inputs and outputs are f16.
         head: whether this is the head alone, which takes one row at a time.
     """
 
@@ -41,7 +40,6 @@ class StaticCompiled:
         caches: Mapping[str, tuple[int, int]],
         shapes: StaticShapes,
         *,
-        half: bool,
         head: bool,
     ) -> None:
         self._build = build
@@ -49,7 +47,6 @@ class StaticCompiled:
         self.axes = dict(axes)
         self.caches = dict(caches)
         self.shapes = shapes
-        self.type = np.dtype(np.float16 if half else np.float32)
         self.head = head
         self.inputs = frozenset({BOUNDARY, *axes, *([KEEP] if head else [])})
         self._compiled: OrderedDict[StaticShape, TensorCompiled] = OrderedDict()
@@ -173,11 +170,13 @@ class StaticRunner:
         if shape not in self._runners:
             runner = self._compiled.compiled(shape).runner()
             own = {name: runner.input_tensor(name) for name in (BOUNDARY, *self._compiled.axes)}
+            fresh = list(own.values())
             if (
-                not self._cache
-            ):  # the first shape of a bucket has the cache, in its device's memory, and the others read it
+                not self._runners
+            ):  # the first shape of a bucket has the cache in its device's memory, the others read it
                 self._cache = {state: runner.input_tensor(f"{PAST}{state}") for state in self._compiled.caches}
-            for tensor in (*own.values(), *self._cache.values()) if not self._runners else own.values():
+                fresh += self._cache.values()
+            for tensor in fresh:
                 as_array(tensor).fill(0)  # padding and empty slots are computed with, too
             own |= {f"{PAST}{state}": cache for state, cache in self._cache.items()}
             self._runners[shape], self._inputs[shape] = self._compiled.guard(runner), own

@@ -162,19 +162,27 @@ class _Chain:
     def run(self, inputs: dict[str, Tensor], stages: range) -> dict[str, Tensor]:
         """Send tensors through some stages; gives the outputs of the last one."""
         outputs: dict[str, Tensor] = {}
-        for number in stages:
-            config = self.stages[number].placement.config
-            runner = self.runners[number]
+        for runner, config, boundary in self._steps[stages.start : stages.stop]:
             try:  # as `_on`, which would cost a microsecond a stage
                 outputs = runner.infer(inputs)
             except DeviceFailedError as error:
                 error.unit = config.unit
                 raise
             inputs.update(outputs)
-            after = self.stages[number + 1].placement.config if number + 1 < len(self.stages) else config
-            if after.half != config.half:
-                inputs[BOUNDARY] = as_array(outputs[BOUNDARY]).astype(np.float16 if after.half else np.float32)
+            if boundary is not None:
+                inputs[BOUNDARY] = as_array(outputs[BOUNDARY]).astype(boundary)
         return outputs
+
+    @cached_property
+    def _steps(self) -> list[tuple[Runner, DeviceConfig, type[np.floating[Any]] | None]]:
+        """For each stage also the type that the next one takes, where that is not what this one gives."""
+        configs = [stage.placement.config for stage in self.stages]
+        after = [*configs[1:], configs[-1]]
+        types = [
+            None if a.half == b.half else np.float16 if b.half else np.float32
+            for a, b in zip(configs, after, strict=True)
+        ]
+        return list(zip(self.runners, configs, types, strict=True))
 
     def segments(self) -> list[range]:
         """Neighbouring stages on the same hardware."""

@@ -225,7 +225,7 @@ def _compile(
 
     caches, head = static.caches(submodel), KEEP in names
     expected = {BOUNDARY, *own, *(f"{PAST}{state}" for state in caches)}
-    compiled = StaticCompiled(build_shape, guard, own, caches, shapes, half=config.half, head=head)
+    compiled = StaticCompiled(build_shape, guard, own, caches, shapes, head=head)
     if library is not None and config.kind is DeviceKind.NPU:
         for shape in compiled.every_shape:  # now, or a bucket may be missing in the middle of an answer
             library.require((placement.first, placement.last), shape, lambda shape=shape: lower(shape))  # type: ignore[misc]
