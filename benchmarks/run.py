@@ -29,10 +29,11 @@ from rich.table import Table
 import edgert
 from edgert import backends
 from edgert.backends.simulated import SimulatedBackend
-from edgert.cost import predict
+from edgert.cost import Costs, Workload
 from edgert.device import DeviceConfig
 from edgert.placement import Plan
-from edgert.profile import DeviceModel
+from edgert.prediction import predict
+from edgert.profile import DeviceModel, Profile
 from edgert.sampling import Sampler, SamplingParams
 from edgert.shapes import StaticShapes
 
@@ -299,9 +300,7 @@ def simulated() -> list[Ratio]:
                 Plan.from_configs([fast] * blocks, "split", decode=[slow] * blocks),
             ),
         ):
-            said = predict(
-                graph, plan, {fast: models[0], slow: models[1]}, prompt_tokens=prompt, new_tokens=new, chunk=chunk
-            )
+            said = predict(Costs(graph, Profile(2, "made up", tuple(models))), plan, Workload(prompt, new, chunk))
             model = edgert.load(demo, plan=plan, prefill_chunk=chunk)
             found = []
             for _ in range(ROUNDS + 1):

@@ -1,73 +1,87 @@
-"""What a submodel takes on a device, and a plan on its devices: time and energy, transfers included.
+"""What a block takes on a device configuration: time and energy, by measurement where there is one.
 
-A call takes the launch, then the longer of reading and computing (a roofline), then the transfer of what crosses its
-boundary. Not reckoned, because block graphs do not say it: logits, token ids, masks and tables on their way to and from
-a device; more than one query head for each head of keys in the attention scores, so their operations are a lower
-bound; memory that devices compete for; what the machine draws whatever its devices do.
+A block takes `max(bytes of weights / bandwidth, operations / rate(tokens))`, and its attention after that
+`max(bytes of keys and values / bandwidth, operations / rate)`: a roofline
+(https://doi.org/10.1145/1498765.1498785) for each of the two, as one follows the other. A submodel takes a launch, its
+blocks one after the other, and the transfer of what crosses its boundary. Measured blocks are looked up instead, and
+interpolated between the sizes that were measured; a whole model that was measured tells by how much its blocks are
+faster or slower in their place than one by one.
+
+Not reckoned, because block graphs do not say it: logits, token ids, masks and tables on their way to and from a device.
 """
 
 from __future__ import annotations
 
-import heapq
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.device import DeviceConfig, DeviceKind
 from edgert.errors import PlanError, UsageError
 from edgert.graph import Block, BlockGraph, BlockKind
-from edgert.profile import PROVENANCES, DeviceModel, Provenance
+from edgert.placement import HOST
+from edgert.profile import DeviceModel, Measurement, Profile, Provenance
+from edgert.shapes import StaticShapes
 
-if TYPE_CHECKING:
-    from edgert.device import DeviceConfig
-    from edgert.placement import Placement, Plan
+Floats = float | NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a submodel does in a call, whatever the device. Sizes of keys, values and boundary tensors are at f32.
+    """What a block does in a call, whatever the device. Sizes of keys, values and boundary tensors are at f32.
 
     Attributes:
         weight_bytes: read in every call. The table of an embedding is not: of it a call reads a row a token.
-        expert_bytes: for each mixture of experts its bytes, and the share of them that one token uses.
+        expert_share: of a mixture of experts the share of its bytes that one token uses; 1 for other blocks.
         flops_per_token: for every token; keys and values are not in it.
         flops_per_row: of the head, for every row of logits that is asked for.
+        score_flops: for every pair of a query and a key.
         kv_bytes_per_token: keys and values of one token.
         recurrent_bytes: read and written in every call.
-        boundary_bytes_per_token: what comes in from other submodels and goes out to them.
+        window: keys that a query sees at most; None for all.
     """
 
     weight_bytes: int
-    expert_bytes: tuple[tuple[int, float], ...]
+    expert_share: float
     flops_per_token: int
     flops_per_row: int
+    score_flops: float
     kv_bytes_per_token: int
     recurrent_bytes: int
-    boundary_bytes_per_token: int
+    window: int | None
 
     @classmethod
-    def of(cls, blocks: Sequence[Block], *, bytes_in: int = 0, bytes_out: int = 0) -> Work:
-        """The work of some blocks as one submodel; `bytes_in` and `bytes_out` cross its boundary with every token."""
-        experts = [b for b in blocks if b.kind is BlockKind.MOE]
+    def of(cls, block: Block) -> Work:
+        head = block.kind is BlockKind.HEAD
         return cls(
-            weight_bytes=sum(b.total_weight_bytes for b in blocks if b.kind not in {BlockKind.MOE, BlockKind.EMBED}),
-            expert_bytes=tuple((b.total_weight_bytes, _share(b)) for b in experts),
-            flops_per_token=sum(b.flops_per_token for b in blocks if b.kind is not BlockKind.HEAD),
-            flops_per_row=sum(b.flops_per_token for b in blocks if b.kind is BlockKind.HEAD),
-            kv_bytes_per_token=sum(b.kv_bytes_per_token for b in blocks),
-            recurrent_bytes=sum(b.recurrent_bytes for b in blocks),
-            boundary_bytes_per_token=bytes_in + bytes_out,
+            weight_bytes=0 if block.kind is BlockKind.EMBED else block.total_weight_bytes,
+            expert_share=_share(block) if block.kind is BlockKind.MOE else 1.0,
+            flops_per_token=0 if head else block.flops_per_token,
+            flops_per_row=block.flops_per_token if head else 0,
+            # Where nobody knows the heads of queries, there are at least as many as of keys: two operations for each
+            # element of four bytes, and for each of the two tensors.
+            score_flops=block.score_flops or block.kv_bytes_per_token / 2,
+            kv_bytes_per_token=block.kv_bytes_per_token,
+            recurrent_bytes=block.recurrent_bytes,
+            window=block.window,
         )
 
     def weights_read(self, tokens: int) -> float:
         """Bytes of weights that a call reads; tokens choose their experts independently and evenly."""
-        return self.weight_bytes + sum(size * (1 - (1 - share) ** tokens) for size, share in self.expert_bytes)
+        return self.weight_bytes * (1 - (1 - self.expert_share) ** tokens)
 
-    def flops(self, tokens: int, past: int, rows: int) -> float:
-        """Operations of a call. A token's scores and their use cost two each for every element of keys and values."""
-        attended = tokens * past + tokens * (tokens + 1) / 2
-        return self.flops_per_token * tokens + self.flops_per_row * rows + self.kv_bytes_per_token / 2 * attended
+    def attended(self, tokens: int, past: Floats) -> Floats:
+        """Pairs of a query and a key that it sees, in a call of `tokens` after `past` others."""
+        if self.window is None:
+            return tokens * past + tokens * (tokens + 1) / 2
+        growing = np.clip(self.window - past, 0, tokens)  # so many queries see all that is there
+        return growing * past + growing * (growing + 1) / 2 + (tokens - growing) * self.window
 
     def state_bytes(self, tokens: int) -> int:
         """Size of the states when they hold this many tokens."""
@@ -85,25 +99,32 @@ def _bits(element_type: str) -> int:
     return max(1, int(digits[0])) if digits else 8
 
 
-def call_us(device: DeviceModel, work: Work, tokens: int, past: int, rows: int = 1) -> float:
-    """Microseconds of one call.
+def block_us(device: DeviceModel, work: Work, tokens: int, past: Floats, rows: int = 1) -> Floats:
+    """Microseconds of a block by its device's roofline.
 
     Args:
         tokens: new tokens.
-        past: tokens that are in the cache already.
+        past: tokens that are in the cache already; one number or an array of them.
         rows: rows of logits that are asked for.
     """
     width = _width(device)
-    states = width * (work.kv_bytes_per_token * (past + tokens) + 2 * work.recurrent_bytes)
-    reading = (work.weights_read(tokens) + states) / (device.bandwidth_gbps * 1e3)
-    computing = work.flops(tokens, past, rows) / (device.compute_gops * 1e3)
-    moving = width * work.boundary_bytes_per_token * tokens / (device.transfer_gbps * 1e3)
-    return device.launch_us + max(reading, computing) + moving
+    rate = device.compute_gops * 1e3 * tokens / (tokens + device.half_rate_tokens)
+    seen = past + tokens if work.window is None else np.minimum(past, work.window) + tokens
+    reading = (work.weights_read(tokens) + 2 * width * work.recurrent_bytes) / (device.bandwidth_gbps * 1e3)
+    computing = (work.flops_per_token * tokens + work.flops_per_row * rows) / rate
+    attending = np.maximum(
+        width * work.kv_bytes_per_token * seen / ((device.kv_gbps or device.bandwidth_gbps) * 1e3),
+        work.score_flops * work.attended(tokens, past) / ((device.score_gops or device.compute_gops) * 1e3),
+    )
+    return max(reading, computing) + attending  # type: ignore[no-any-return]
 
 
-def call_energy_uj(device: DeviceModel, work: Work, tokens: int, past: int, rows: int = 1) -> float | None:
-    """Microjoules of one call above the machine's base; None where the device's watts are not known."""
-    return None if device.active_w is None else device.active_w * call_us(device, work, tokens, past, rows)
+def call_us(
+    device: DeviceModel, works: Sequence[Work], tokens: int, past: int, rows: int = 1, *, boundary_bytes: int = 0
+) -> float:
+    """Microseconds of one call of a submodel; `boundary_bytes` at f32 come in and go out with every token."""
+    moving = _width(device) * boundary_bytes * tokens / (device.transfer_gbps * 1e3)
+    return device.launch_us + sum(float(block_us(device, work, tokens, past, rows)) for work in works) + moving
 
 
 def handover_us(device: DeviceModel, f32_bytes: float) -> float:
@@ -116,140 +137,243 @@ def _width(device: DeviceModel) -> float:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What a plan takes for one prompt and its continuation.
+class Workload:
+    """A prompt and its continuation.
 
     Attributes:
-        prefill_us: until the logits of the first new token.
-        decode_us: for all new tokens after the first.
-        handover_us: between the two, where states change hands.
-        energy_uj: of the plan's devices above the machine's base, waiting included; None where `missing` names watts.
-        provenance: the worst of the device models used.
-        missing: what is not known, as `CONFIGURATION: field`.
-    """
-
-    prefill_us: float
-    decode_us: float
-    handover_us: float
-    energy_uj: float | None
-    provenance: Provenance
-    missing: tuple[str, ...]
-
-    @property
-    def total_us(self) -> float:
-        return self.prefill_us + self.handover_us + self.decode_us
-
-
-def predict(
-    graph: BlockGraph,
-    plan: Plan,
-    models: Mapping[DeviceConfig, DeviceModel],
-    *,
-    prompt_tokens: int,
-    new_tokens: int,
-    chunk: int,
-) -> Prediction:
-    """What a plan takes.
-
-    Args:
-        models: at least those of the plan's configurations.
         prompt_tokens: at least 1, none of them in a cache.
         new_tokens: at least 1; the first comes with the prefill.
         chunk: tokens of a prefill call, at least 1; the last call takes what is left.
-
-    Raises:
-        UsageError: a number of tokens is below 1.
-        PlanError: the plan does not fit the graph, or a configuration has no model; the message names all of them.
     """
-    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("chunk", chunk)):
-        if value < 1:
-            raise UsageError(f"{name} is {value}, the least is 1")
-    plan.check(graph)
-    if unknown := [str(config) for config in plan.configs if config not in models]:
-        raise PlanError(f"plan: nothing is known of the time on {', '.join(unknown)}")
-    prefill = {p: _work(graph, p) for p in plan.placements}
-    decode = prefill if plan.decode is None else {p: _work(graph, p) for p in plan.decode}
-    busy_us: dict[DeviceConfig, float] = dict.fromkeys(plan.configs, 0.0)
 
-    chunks = []
-    # Neighbours on the same hardware are one stage of the pipeline.
-    stages = [(unit, list(group)) for unit, group in groupby(prefill.items(), lambda item: item[0].config.unit)]
-    for start in range(0, prompt_tokens, chunk):
-        tokens = min(chunk, prompt_tokens - start)
-        chunks.append([0.0] * len(stages))
-        for number, (_, group) in enumerate(stages):
-            for p, work in group:
-                latency_us = call_us(models[p.config], work, tokens, start)
-                busy_us[p.config] += latency_us
-                chunks[-1][number] += latency_us
-    prefill_us = pipeline_us(chunks, [unit for unit, _ in stages])
+    prompt_tokens: int = 1024
+    new_tokens: int = 256
+    chunk: int = 256
 
-    moved_us = 0.0
-    for p, work in (*prefill.items(), *decode.items()):
-        if p in prefill and p in decode:  # its keys and values stay where they are
-            continue
-        latency_us = handover_us(models[p.config], work.state_bytes(prompt_tokens))
-        busy_us[p.config] += latency_us
-        moved_us += latency_us
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "new_tokens", "chunk"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}, the least is 1")
 
-    decode_us = 0.0
-    for past in range(prompt_tokens, prompt_tokens + new_tokens - 1):
-        for p, work in decode.items():
-            latency_us = call_us(models[p.config], work, 1, past)
-            busy_us[p.config] += latency_us
-            decode_us += latency_us
+    @property
+    def calls(self) -> list[tuple[int, int]]:
+        """New tokens and past of every prefill call."""
+        return [
+            (min(self.chunk, self.prompt_tokens - start), start) for start in range(0, self.prompt_tokens, self.chunk)
+        ]
 
-    energy_uj, missing = _energy_uj(models, busy_us, prefill_us + moved_us + decode_us)
-    provenance = max((models[config].provenance for config in plan.configs), key=PROVENANCES.index)
-    return Prediction(prefill_us, decode_us, moved_us, energy_uj, provenance, missing)
+    @property
+    def steps(self) -> NDArray[np.float64]:
+        """Past of every decode call."""
+        return np.arange(self.prompt_tokens, self.prompt_tokens + self.new_tokens - 1, dtype=np.float64)
 
 
-def pipeline_us(calls_us: Sequence[Sequence[float]], units: Sequence[str]) -> float:
-    """The time in which chunks run through stages, as many at once as there are units.
+@dataclass(frozen=True)
+class Entry:
+    """Something that a cost rests on: `what` on `config`, and where the number comes from."""
 
-    A chunk enters a stage when it has left the one before and the chunk before it has left this stage. A unit runs one
-    call at a time, the one that has waited longest first. Stages never wait for room to put a result; where each unit
-    has one stage that makes no difference, as the slowest stage is never short of chunks.
+    config: str
+    what: str
+    provenance: Provenance
+
+
+class Table:
+    """Measured values by new tokens and past, with straight lines between them.
+
+    Between two numbers of past tokens, and beyond the last, the line through the nearest two; between two numbers of
+    new tokens likewise; beyond the largest, in proportion.
+    """
+
+    def __init__(self, values: Mapping[tuple[int, int], float]) -> None:
+        self._rows = {
+            tokens: np.array(sorted((p, v) for (t, p), v in values.items() if t == tokens))
+            for tokens in sorted({t for t, _ in values})
+        }
+        self._sizes = list(self._rows)
+
+    def covers(self, tokens: int) -> bool:
+        """Whether it was measured with as few tokens."""
+        return self._sizes[0] <= tokens
+
+    def at(self, tokens: int, past: Floats) -> Floats:
+        last = self._sizes[-1]
+        if tokens >= last:
+            return self._row(last, past) * (tokens / last)
+        high = self._sizes[bisect_left(self._sizes, tokens)]
+        if high == tokens:
+            return self._row(high, past)
+        low = self._sizes[bisect_left(self._sizes, tokens) - 1]
+        share = (tokens - low) / (high - low)
+        return self._row(low, past) * (1 - share) + self._row(high, past) * share
+
+    def _row(self, tokens: int, past: Floats) -> Floats:
+        row = self._rows[tokens]
+        at, values = row[:, 0], row[:, 1]
+        inside: Floats = np.interp(past, at, values)
+        if len(row) > 1:  # a cache that grows makes nothing faster; noise may say so
+            slope = max(0.0, (values[-1] - values[0]) / (at[-1] - at[0]))
+            inside = inside + slope * np.maximum(0.0, past - at[-1])
+        return inside
+
+
+class Costs:
+    """What the blocks of a model take on the configurations of a profile.
 
     Args:
-        calls_us: for each chunk its time in each stage.
-        units: for each stage the hardware it runs on.
+        shapes: that devices with static shapes pad to; None where padding is not reckoned.
+
+    Raises:
+        PlanError: (any method) the profile does not know the configuration; the message names it.
     """
-    last = len(units) - 1
-    free_us = dict.fromkeys(units, 0.0)
-    left_us: dict[tuple[int, int], float] = {}  # (chunk, stage) -> when
-    ready = [(0.0, 0, 0)]  # (since when, chunk, stage)
-    while ready:
-        since, chunk, stage = heapq.heappop(ready)
-        end = max(since, free_us[units[stage]]) + calls_us[chunk][stage]
-        left_us[chunk, stage] = free_us[units[stage]] = end
-        if stage < last and (chunk == 0 or (chunk - 1, stage + 1) in left_us):
-            heapq.heappush(ready, (max(end, left_us.get((chunk - 1, stage + 1), 0.0)), chunk, stage + 1))
-        if chunk + 1 < len(calls_us) and (stage == 0 or (chunk + 1, stage - 1) in left_us):
-            heapq.heappush(ready, (max(end, left_us.get((chunk + 1, stage - 1), 0.0)), chunk + 1, stage))
-    return max(left_us.values())
+
+    def __init__(self, graph: BlockGraph, profile: Profile, shapes: StaticShapes | None = None) -> None:
+        self.graph = graph
+        self.profile = profile
+        self.shapes = shapes
+        self.works = [Work.of(block) for block in graph.blocks]
+        self._models: dict[DeviceConfig, DeviceModel] = {}
+        self._phases: dict[Any, Phase] = {}
+
+    def model(self, config: DeviceConfig) -> DeviceModel:
+        """The device model of a configuration. The host's work is small: any configuration of the CPU tells of it."""
+        if config not in self._models:
+            found = self.profile.model(config)
+            if found is None and config == HOST:
+                found = next((m for m in self.profile.devices if m.device.kind is DeviceKind.CPU), None)
+            if found is None:
+                raise PlanError(f"profile {self.profile.machine}: nothing is known of {config}")
+            self._models[config] = found
+        return self._models[config]
+
+    def require(self, configs: Sequence[DeviceConfig]) -> None:
+        """Raise `PlanError` that names all configurations that the profile does not know."""
+        unknown = []
+        for config in configs:
+            try:
+                self.model(config)
+            except PlanError:
+                unknown.append(str(config))
+        if unknown:
+            known = ", ".join(str(model.device) for model in self.profile.devices)
+            raise PlanError(
+                f"profile {self.profile.machine}: nothing is known of the time on {', '.join(unknown)}; it has {known}"
+            )
+
+    def block_us(self, index: int, config: DeviceConfig, tokens: int, past: Floats) -> Floats:
+        """Microseconds of a block in its place in a submodel."""
+        tokens, past = self._padded(config, tokens, past)
+        table = self._table(index, config, tokens)
+        if table is None:
+            return block_us(self.model(config), self.works[index], tokens, past)
+        launch_us = self.model(config).launch_us
+        alone = table.at(tokens, past)
+        return np.maximum(alone - launch_us, 0.02 * alone) * self._in_place(config, tokens, past)  # type: ignore[no-any-return]
+
+    def block_uj(self, index: int, config: DeviceConfig, tokens: int, past: Floats) -> Floats | None:
+        """Microjoules of a block above the machine's base; None where the device's watts are not known."""
+        padded_tokens, padded = self._padded(config, tokens, past)
+        energies = self._energies.get((str(config), self.graph.blocks[index].signature))
+        if energies is not None and energies.covers(padded_tokens):
+            return energies.at(padded_tokens, padded)
+        watts = self.model(config).active_w
+        return None if watts is None else watts * self.block_us(index, config, tokens, past)
+
+    def phase(self, index: int, config: DeviceConfig, phase: str, load: Workload) -> Phase:
+        """What a block takes in all calls of a phase (`prefill` or `decode`)."""
+        key = (self.graph.blocks[index].signature, config, phase, load)
+        if key not in self._phases:
+            if phase == "prefill":
+                calls = load.calls
+                times: Any = [self.block_us(index, config, *call) for call in calls]
+                energies: Any = [self.block_uj(index, config, *call) for call in calls]
+            else:
+                steps = load.steps
+                times = self.block_us(index, config, 1, steps) if steps.size else 0.0
+                energies = self.block_uj(index, config, 1, steps) if steps.size else 0.0
+            known = energies is not None and not (isinstance(energies, list) and None in energies)
+            calls_us = np.broadcast_to(
+                np.asarray(times, np.float64), len(load.calls if phase == "prefill" else load.steps)
+            )
+            self._phases[key] = Phase(calls_us, float(np.sum(energies)) if known else None)
+        return self._phases[key]
+
+    def entry(self, index: int, config: DeviceConfig, tokens: int) -> Entry:
+        """What the time of a block rests on."""
+        block = self.graph.blocks[index]
+        padded, _ = self._padded(config, tokens, 0)
+        if self._table(index, config, padded) is not None:
+            rows = self._measured[str(config), block.signature]
+            measured = all(row.provenance == "measured" for row in rows)
+            return Entry(str(config), block.signature, "measured" if measured else "estimated")
+        # Rates that were fitted to other blocks on this machine are an estimate for this one.
+        provenance = self.model(config).provenance
+        return Entry(str(config), "rates", "estimated" if provenance == "measured" else provenance)
+
+    def error(self, index: int, config: DeviceConfig) -> float | None:
+        """The largest measured difference of a block from `CPU@f32`, see `Measurement.error`; None where not known."""
+        rows = self._measured.get((str(config), self.graph.blocks[index].signature), [])
+        return max((row.error for row in rows if row.error is not None), default=None)
+
+    def _padded(self, config: DeviceConfig, tokens: int, past: Floats) -> tuple[int, Floats]:
+        if self.shapes is None or not config.static:
+            return tokens, past
+        query = next((q for q in (1, *self.shapes.chunks) if q >= tokens), tokens)
+        buckets = np.asarray(self.shapes.buckets, np.float64)
+        needed = np.asarray(past) + tokens
+        slots = buckets[np.minimum(np.searchsorted(buckets, needed), len(buckets) - 1)]
+        return query, np.maximum(slots, needed)
+
+    def _table(self, index: int, config: DeviceConfig, tokens: int) -> Table | None:
+        table = self._tables.get((str(config), self.graph.blocks[index].signature))
+        return table if table is not None and table.covers(tokens) else None
+
+    def _in_place(self, config: DeviceConfig, tokens: int, past: Floats) -> Floats:
+        """How much longer the whole model takes than its blocks, one by one and without their launches."""
+        whole = self._tables.get((str(config), self.graph.signature))
+        tables = [self._table(i, config, tokens) for i in range(len(self.graph.blocks))]
+        if whole is None or not whole.covers(tokens) or None in tables:
+            return 1.0
+        launch_us = self.model(config).launch_us
+        alone: Floats = 0.0
+        for table, count in self._counts(config).items():
+            each = table.at(tokens, past)
+            alone = alone + count * np.maximum(each - launch_us, 0.02 * each)
+        return np.maximum(whole.at(tokens, past) - launch_us, 0.02 * alone) / alone  # type: ignore[no-any-return]
+
+    def _counts(self, config: DeviceConfig) -> dict[Table, int]:
+        counts: dict[Table, int] = {}
+        for block in self.graph.blocks:
+            table = self._tables[str(config), block.signature]
+            counts[table] = counts.get(table, 0) + 1
+        return counts
+
+    @cached_property
+    def _measured(self) -> dict[tuple[str, str], list[Measurement]]:
+        found: dict[tuple[str, str], list[Measurement]] = {}
+        for row in self.profile.measurements:
+            found.setdefault((row.config, row.block), []).append(row)
+        return found
+
+    @cached_property
+    def _tables(self) -> dict[tuple[str, str], Table]:
+        return {key: Table({(r.tokens, r.past): r.latency_us for r in rows}) for key, rows in self._measured.items()}
+
+    @cached_property
+    def _energies(self) -> dict[tuple[str, str], Table]:
+        return {
+            key: Table({(r.tokens, r.past): r.energy_uj for r in rows if r.energy_uj is not None})
+            for key, rows in self._measured.items()
+            if all(r.energy_uj is not None for r in rows)
+        }
 
 
-def _work(graph: BlockGraph, placement: Placement) -> Work:
-    crossing = [0, *(edge.bytes_per_token for edge in graph.edges), 0]  # before each block, and behind the last
-    first, behind = placement.first, placement.last + 1
-    return Work.of(graph.blocks[first:behind], bytes_in=crossing[first], bytes_out=crossing[behind])
+@dataclass(frozen=True, eq=False)
+class Phase:
+    """What a block takes in a phase: microseconds of each call, and microjoules in all (None where not known)."""
 
+    calls_us: NDArray[np.float64]
+    energy_uj: float | None
 
-def _energy_uj(
-    models: Mapping[DeviceConfig, DeviceModel], busy_us: Mapping[DeviceConfig, float], wall_us: float
-) -> tuple[float | None, tuple[str, ...]]:
-    """Microjoules of all devices over the whole time; or None, and the fields that would be needed."""
-    needed = {(config, field): getattr(models[config], field) for config in busy_us for field in ("active_w", "idle_w")}
-    missing = tuple(f"{config}: {field}" for (config, field), watts in needed.items() if watts is None)
-    if missing:
-        return None, missing
-    energy_uj = sum(needed[config, "active_w"] * us for config, us in busy_us.items())
-    # Configurations of one device wait together: the device idles when none of them computes, and is counted once.
-    by_unit: dict[str, list[DeviceConfig]] = {}
-    for config in busy_us:
-        by_unit.setdefault(config.unit, []).append(config)
-    for configs in by_unit.values():
-        waiting_us = max(0.0, wall_us - sum(busy_us[config] for config in configs))
-        energy_uj += needed[configs[0], "idle_w"] * waiting_us
-    return energy_uj, ()
+    @cached_property
+    def total_us(self) -> float:
+        return float(self.calls_us.sum())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from edgert.errors import BundleError
 from edgert.fields import build
 
+_PLACE = {"index", "name", "input", "output", "states"}  # fields that say where a block is, not what it does
 BOUNDARY = "hidden"  # name of the residual stream as output of one submodel and input of the next
 
 
@@ -41,6 +45,10 @@ class Block:
             experts only the experts that one token uses. Scores against the KV cache are not in it.
         kv_bytes_per_token: bytes by which the block's states grow with every token, at the precision in the file.
         recurrent_bytes: bytes of the states that do not grow.
+        score_flops: operations for one query token against one key token, in all heads: scores and their use, a
+            multiply-add being two. 0 where there is no attention or nobody knows.
+        window: the number of tokens, itself included, that a token attends to at most; None for all of them, and where
+            the block computes all and hides some.
     """
 
     index: int
@@ -53,10 +61,20 @@ class Block:
     flops_per_token: int
     kv_bytes_per_token: int
     recurrent_bytes: int
+    score_flops: int = 0
+    window: int | None = None
 
     @property
     def total_weight_bytes(self) -> int:
         return sum(self.weight_bytes.values())
+
+    @cached_property
+    def signature(self) -> str:
+        """What blocks have in common that take equally long: their kind, and a hash of all sizes."""
+        sizes = {name: value for name, value in asdict(self).items() if name not in _PLACE} | {
+            "states": len(self.states)
+        }
+        return f"{self.kind}-{hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
@@ -88,6 +106,12 @@ class BlockGraph:
     blocks: tuple[Block, ...]
     edges: tuple[Edge, ...]
     reason: str | None = None
+
+    @cached_property
+    def signature(self) -> str:
+        """What models have in common that take equally long: a hash of their blocks' signatures."""
+        chain = [[b.signature for b in self.blocks], [e.bytes_per_token for e in self.edges]]
+        return f"model-{hashlib.sha256(json.dumps(chain).encode()).hexdigest()[:12]}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -138,7 +138,34 @@ def _describe(stream: ResidualStream, first: int, last: int, index: int, count: 
         flops_per_token=flops,
         kv_bytes_per_token=sum(size * _static_elements(shape) for shape, size in state_shapes if _grows(shape)),
         recurrent_bytes=sum(size * _static_elements(shape) for shape, size in state_shapes if not _grows(shape)),
+        score_flops=sum(_score_flops(node) for node in content.attention),
     )
+
+
+def _score_flops(node: Node) -> int:
+    """Operations of an attention for one query token and one key token; 0 where its shapes do not tell.
+
+    Decomposed attention is two products of activations, with the number of key tokens once in the result and once in
+    what is summed over.
+    """
+    heads, width = 1, 0
+    ports = range(node.op.get_input_size()) if node.type == "ScaledDotProductAttention" else range(2)
+    shapes = [node.op.get_input_partial_shape(port) for port in ports]
+    query = shapes[0]
+    if query.rank.is_dynamic or len(query) != 4:
+        return 0
+    heads_dim = query[1]
+    if node.type == "ScaledDotProductAttention":
+        dims = [heads_dim, query[3], shapes[2][3]]
+        if any(d.is_dynamic for d in dims):
+            return 0
+        heads, width = dims[0].get_length(), dims[1].get_length() + dims[2].get_length()
+        return 2 * heads * width
+    output = node.op.get_output_partial_shape(0)
+    static = [d for d in (query[3], output[3]) if d.is_static]
+    if heads_dim.is_dynamic or len(static) != 1:
+        return 0
+    return 2 * int(heads_dim.get_length()) * int(static[0].get_length())
 
 
 def _kind(stream: ResidualStream, content: _Content, index: int, count: int) -> BlockKind:

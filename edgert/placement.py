@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,34 @@ class Plan:
         warning = f"block 0 (embed) runs on {HOST}: static shapes ({wrong}) take no token ids"
         decode = None if self.decode is None else move(self.decode)
         return replace(self, placements=move(self.placements), decode=decode, warnings=(*self.warnings, warning))
+
+    def submodels(self, graph: BlockGraph, npu_starts: Collection[int] = ()) -> list[tuple[Placement, ...]]:
+        """The submodels of each phase: the placements, cut further where that saves memory or work.
+
+        Where a configuration has other limits in the other phase, both phases are cut there, so that they can share
+        what was compiled and hold the weights once. With static shapes the head is a submodel of its own, as it takes
+        one row where the others take a whole chunk. On an NPU a placement is cut where compiled submodels begin.
+
+        Args:
+            npu_starts: blocks at which they do.
+        """
+        starts: dict[DeviceConfig, set[int]] = {}
+        for placements in self.phases.values():
+            for p in placements:
+                starts.setdefault(p.config, set()).update((p.first, p.last + 1))
+        found = []
+        for placements in self.phases.values():
+            pieces: list[Placement] = []
+            for p in placements:
+                inside = {s for s in starts[p.config] if p.first < s <= p.last}
+                if p.config.static and graph.blocks[p.last].kind is BlockKind.HEAD and p.first < p.last:
+                    inside.add(p.last)
+                if p.config.kind is DeviceKind.NPU:
+                    inside |= {s for s in npu_starts if p.first < s <= p.last}
+                edges = [p.first, *sorted(inside), p.last + 1]
+                pieces += [replace(p, first=a, last=b - 1) for a, b in pairwise(edges)]
+            found.append(tuple(pieces))
+        return found
 
     def weights(self, graph: BlockGraph) -> list[WeightCopy]:
         """The weights that each configuration holds, at the precision in the file.

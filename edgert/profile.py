@@ -5,28 +5,33 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from edgert.errors import DeviceError, UnknownDeviceError, UsageError
+from edgert.device import DeviceConfig
+from edgert.errors import DeviceError, EdgertError, UnknownDeviceError, UsageError
 from edgert.fields import build
 
-Provenance = Literal["measured", "estimated", "modelled"]
-PROVENANCES: tuple[Provenance, ...] = ("measured", "estimated", "modelled")  # best first
-FORMAT_VERSION = 1
+Provenance = Literal["measured", "published", "estimated", "modelled"]
+# Best first: measured on the machine itself; derived from somebody's published run; said by a compiler or vendor's
+# model, or carried over from measurements of something else; reckoned from assumptions.
+PROVENANCES: tuple[Provenance, ...] = ("measured", "published", "estimated", "modelled")
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
 class DeviceModel:
-    """A device as a roofline: a few rates, from which `edgert.cost` reckons what a submodel takes.
+    """A device configuration as a roofline: a few rates, from which `edgert.cost` reckons what a block takes.
 
     Attributes:
         name: what `sim:NAME` calls it: 1 to 64 letters, digits, `_`, `.` and `-`; not `f32` or `f16`.
-        bandwidth_gbps: 10^9 bytes a second at which it reads weights, keys and values; what it reaches, not the peak.
+        bandwidth_gbps: 10^9 bytes a second at which it reads weights; what it reaches, not the peak.
         compute_gops: 10^9 operations a second that it reaches in matrix products, a multiply-add being two.
         launch_us: what every call of a submodel costs beside the work, 0 or more.
         transfer_gbps: 10^9 bytes a second at which tensors pass to and from it, keys and values that change hands too.
@@ -35,6 +40,13 @@ class DeviceModel:
         precision: of keys, values and of what crosses a submodel's boundary.
         provenance: of all these numbers, the worst of them.
         source: where they are from, and which are assumptions.
+        config: the device configuration it stands for, e.g. `NPU@f16`; None for `sim:NAME` itself.
+        kv_gbps: like `bandwidth_gbps` for keys and values, of a cache in `precision`; None where it is the same.
+        score_gops: like `compute_gops` for attention scores and their use; None where it is the same.
+        half_rate_tokens: the number of tokens in a call with which half of `compute_gops` is reached; 0 where it is
+            always reached.
+        provenances: of single numbers, by field, where they differ from `provenance`.
+        ranges: of uncertain numbers, by field: the lowest and the highest likely value.
     """
 
     name: str
@@ -47,18 +59,104 @@ class DeviceModel:
     precision: Literal["f32", "f16"]
     provenance: Provenance
     source: str
+    config: str | None = None
+    kv_gbps: float | None = None
+    score_gops: float | None = None
+    half_rate_tokens: float = 0.0
+    provenances: dict[str, Provenance] = field(default_factory=dict)
+    ranges: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]{1,64}", self.name, re.ASCII) or self.name in {"f32", "f16"}:
             raise UsageError(f"device model: name is {self.name[:64]!r}, expected 1 to 64 of A-Z a-z 0-9 _ . -")
-        for field in ("bandwidth_gbps", "compute_gops", "transfer_gbps"):
-            value = getattr(self, field)
-            if not (math.isfinite(value) and value > 0):
-                raise UsageError(f"device model {self.name}: {field} is {value}, expected a finite number above 0")
-        for field in ("launch_us", "active_w", "idle_w"):
-            value = getattr(self, field)
+        for name in ("bandwidth_gbps", "compute_gops", "transfer_gbps", "kv_gbps", "score_gops"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UsageError(f"device model {self.name}: {name} is {value}, expected a finite number above 0")
+        for name in ("launch_us", "active_w", "idle_w", "half_rate_tokens"):
+            value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"device model {self.name}: {field} is {value}, expected a finite number, 0 or more")
+                raise UsageError(f"device model {self.name}: {name} is {value}, expected a finite number, 0 or more")
+        for name, bounds in self.ranges.items():
+            value = getattr(self, name) if name in _NUMBERS else None
+            if value is None or len(bounds) != 2 or not bounds[0] <= value <= bounds[1]:
+                raise UsageError(
+                    f"device model {self.name}: the range of {name[:40]} is {list(bounds)[:4]}, expected two numbers, "
+                    f"one below and one above {value}"
+                )
+        for name in self.provenances:
+            if name not in _NUMBERS:
+                raise UsageError(
+                    f"device model {self.name}: provenances has {name[:40]!r}, which is none of its numbers"
+                )
+        _ = self.device  # raises where `config` names no configuration
+
+    @cached_property
+    def device(self) -> DeviceConfig:
+        """The configuration that plans name for it."""
+        return DeviceConfig.parse(self.config) if self.config else DeviceConfig("SIM", self.name)
+
+    def provenance_of(self, name: str) -> Provenance:
+        """Where one of its numbers comes from."""
+        return self.provenances.get(name, self.provenance)
+
+
+_NUMBERS = (
+    "bandwidth_gbps", "compute_gops", "launch_us", "transfer_gbps", "active_w", "idle_w", "kv_gbps", "score_gops",
+    "half_rate_tokens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one call of a block, or of a whole model, took as a submodel of its own.
+
+    Attributes:
+        config: the device configuration.
+        block: `Block.signature`; for a whole model as one submodel `BlockGraph.signature`.
+        tokens: new tokens of the call; with static shapes those that it was padded to.
+        past: tokens in the cache before; with static shapes the slots.
+        latency_us: median, the launch included.
+        spread_us: half of the range between the quartiles.
+        energy_uj: above the machine's base; None where it was not measured.
+        runs: how many calls.
+        provenance: `measured` on a device, `estimated` by a compiler.
+        error: relative root mean square difference of the result from that of `CPU@f32`; None where not compared.
+    """
+
+    config: str
+    block: str
+    tokens: int
+    past: int
+    latency_us: float
+    spread_us: float
+    energy_uj: float | None
+    runs: int
+    provenance: Provenance
+    error: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, low in (
+            ("tokens", self.tokens, 1), ("past", self.past, 0), ("runs", self.runs, 1), ("spread_us", self.spread_us, 0),
+            ("energy_uj", self.energy_uj, 0), ("error", self.error, 0),
+        ):  # fmt: skip
+            if value is not None and not (math.isfinite(value) and value >= low):
+                raise UsageError(f"measurement of {self.block[:40]}: {name} is {value}, the least is {low}")
+        if not (math.isfinite(self.latency_us) and self.latency_us > 0):
+            raise UsageError(f"measurement of {self.block[:40]}: latency_us is {self.latency_us}, expected above 0")
+
+
+@dataclass(frozen=True)
+class Slowdown:
+    """Calls on `config` take `factor` times as long while `beside` works too; 1 or more."""
+
+    config: str
+    beside: str
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.factor) and self.factor >= 1):
+            raise UsageError(f"slowdown of {self.config} beside {self.beside}: factor is {self.factor}, the least is 1")
 
 
 @dataclass(frozen=True)
@@ -68,12 +166,74 @@ class Profile:
     Attributes:
         version: of the format, `FORMAT_VERSION`.
         machine: the machine's name.
-        devices: one model a device; their names differ.
+        devices: one model a device configuration; their names differ, and so do their configurations.
+        base_w: what the machine draws whatever its devices do (SoC, memory), without a display; None where nobody knows.
+        base_provenance: of `base_w`.
+        base_range: lowest and highest likely `base_w`; empty where it is not uncertain.
+        shared_gbps: 10^9 bytes a second that all devices together reach; None where nobody knows.
+        memory_bytes: of the machine, which its devices share; None where nobody knows.
+        source: where these numbers are from.
+        slowdowns: of configurations that work at the same time, measured.
+        measurements: of blocks and whole models.
+        conditions: what it was measured under: versions, governor, power source.
+        warnings: what the reader must know of the measurements.
     """
 
     version: int
     machine: str
     devices: tuple[DeviceModel, ...]
+    base_w: float | None = None
+    base_provenance: Provenance = "modelled"
+    base_range: tuple[float, ...] = ()
+    shared_gbps: float | None = None
+    memory_bytes: int | None = None
+    source: str = ""
+    slowdowns: tuple[Slowdown, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
+    conditions: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for what, found in (("name", [m.name for m in self.devices]), ("config", [m.device for m in self.devices])):
+            if len(set(found)) < len(found):
+                raise UsageError(f"two of its devices have the same {what}")
+        for name, value, low in (("base_w", self.base_w, 0.0), ("shared_gbps", self.shared_gbps, 1e-9),
+                                 ("memory_bytes", self.memory_bytes, 1)):  # fmt: skip
+            if value is not None and not (math.isfinite(value) and value >= low):
+                raise UsageError(f"{name} is {value}, expected a finite number, {low} or more")
+
+    @property
+    def configs(self) -> tuple[DeviceConfig, ...]:
+        """The device configurations it knows."""
+        return tuple(model.device for model in self.devices)
+
+    def model(self, config: DeviceConfig) -> DeviceModel | None:
+        """The device model of a configuration; None where there is none."""
+        return next((model for model in self.devices if model.device == config), None)
+
+    def scaled(self, config: DeviceConfig, *, time: float = 1.0, power: float = 1.0) -> Profile:
+        """This profile with one configuration that takes `time` times as long, at `power` times the watts."""
+
+        def device(model: DeviceModel) -> DeviceModel:
+            rates = {name: getattr(model, name) for name in _NUMBERS}
+            faster = {
+                name: rates[name] / time
+                for name in ("bandwidth_gbps", "compute_gops", "transfer_gbps", "kv_gbps", "score_gops")
+                if rates[name] is not None
+            }
+            watts = {name: rates[name] * power for name in ("active_w", "idle_w") if rates[name] is not None}
+            return replace(model, **faster, **watts, launch_us=model.launch_us * time, ranges={})
+
+        def measurement(m: Measurement) -> Measurement:
+            energy_uj = None if m.energy_uj is None else m.energy_uj * time * power
+            return replace(m, latency_us=m.latency_us * time, energy_uj=energy_uj)
+
+        own = str(config)
+        return replace(
+            self,
+            devices=tuple(device(m) if m.device == config else m for m in self.devices),
+            measurements=tuple(measurement(m) if m.config == own else m for m in self.measurements),
+        )
 
     @classmethod
     def read(cls, path: Path | Traversable) -> Profile:
@@ -87,17 +247,41 @@ class Profile:
             # Before the fields, which another version may have others of.
             if isinstance(data, dict) and data.get("version") != FORMAT_VERSION:
                 raise ValueError(f"version is {str(data.get('version'))[:20]}, this edgert reads {FORMAT_VERSION}")
-            profile = build(cls, data, "profile")
-            if len({model.name for model in profile.devices}) < len(profile.devices):
-                raise ValueError("two of its devices have the same name")
-        except (OSError, ValueError, RecursionError) as error:
+            return build(cls, data, "profile")
+        except (OSError, ValueError, RecursionError, EdgertError) as error:
             raise DeviceError(f"profile {path}: {error}") from error
-        return profile
+
+    def to_json(self) -> dict[str, Any]:
+        """As the file has it, without what is not known."""
+        return _without_defaults(asdict(self))
+
+    def write(self, path: Path) -> None:
+        """Write the profile, whole or not at all; raises `UsageError` where that is not possible."""
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", "utf-8")
+            partial.replace(path)
+        except (OSError, ValueError) as error:
+            with suppress(OSError):
+                partial.unlink()
+            raise UsageError(f"profile {path} cannot be written: {error}") from error
+
+
+def _without_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
+    optional = {"config", "kv_gbps", "score_gops", "error", "shared_gbps", "memory_bytes"}
+    return {
+        key: [_without_defaults(item) if isinstance(item, dict) else item for item in value]
+        if isinstance(value, (list, tuple))
+        else value
+        for key, value in data.items()
+        if not (value is None and key in optional) and value not in ({}, (), [])
+    }
 
 
 def named(name: str) -> DeviceModel:
     """A device model of the profiles that come with edgert; `UnknownDeviceError` lists them where it is not there."""
-    models = _shipped()
+    models = {model.name: model for profile in shipped().values() for model in profile.devices}
     if name not in models:
         raise UnknownDeviceError(f"device model {name!r} is not known; known: {', '.join(models)}")
     return models[name]
@@ -105,11 +289,22 @@ def named(name: str) -> DeviceModel:
 
 def names() -> tuple[str, ...]:
     """The device models that come with edgert."""
-    return tuple(_shipped())
+    return tuple(model.name for profile in shipped().values() for model in profile.devices)
 
 
 @cache
-def _shipped() -> dict[str, DeviceModel]:
+def shipped() -> Mapping[str, Profile]:
+    """The profiles that come with edgert, by the name of their file."""
     folder = files("edgert") / "profiles"
     paths = sorted((p for p in folder.iterdir() if p.name.endswith(".json")), key=lambda p: p.name)
-    return {model.name: model for path in paths for model in Profile.read(path).devices}
+    return {path.name.removesuffix(".json"): Profile.read(path) for path in paths}
+
+
+def find(name: str) -> Profile:
+    """A profile by the name of one that comes with edgert, or by the path of a file; raises `DeviceError`."""
+    if name in shipped():
+        return shipped()[name]
+    path = Path(name)
+    if path.suffix == ".json" or path.exists():
+        return Profile.read(path)
+    raise UnknownDeviceError(f"profile {name!r} is neither a file nor one of {', '.join(shipped())}")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from edgert.backends import info_of, require
@@ -13,7 +12,7 @@ from edgert.bucketed import StaticCompiled
 from edgert.bundle import Bundle
 from edgert.device import DeviceConfig, DeviceKind
 from edgert.errors import BundleError, DeviceFailedError, PlanError, cause
-from edgert.graph import BOUNDARY, Block, BlockGraph, BlockKind
+from edgert.graph import BOUNDARY, Block, BlockGraph
 from edgert.guard import guarded
 from edgert.placement import Placement, Plan
 from edgert.shapes import KEEP, PAST, Axes, StaticShape, StaticShapes
@@ -36,35 +35,6 @@ class Stage:
 
 
 Chains = tuple[tuple[Stage, ...], ...]
-
-
-def groups(graph: BlockGraph, plan: Plan, npu_starts: Collection[int] = ()) -> list[tuple[Placement, ...]]:
-    """The submodels of each phase: the plan's placements, cut further where that saves memory or work.
-
-    Where a configuration has other limits in the other phase, both phases are cut there, so that they can share what
-    was compiled and hold the weights once. With static shapes the head is a submodel of its own, as it takes one row
-    where the others take a whole chunk. On an NPU a placement is cut where compiled submodels begin.
-
-    Args:
-        npu_starts: blocks at which they do.
-    """
-    starts: dict[DeviceConfig, set[int]] = {}
-    for placements in plan.phases.values():
-        for p in placements:
-            starts.setdefault(p.config, set()).update((p.first, p.last + 1))
-    found = []
-    for placements in plan.phases.values():
-        pieces: list[Placement] = []
-        for p in placements:
-            inside = {s for s in starts[p.config] if p.first < s <= p.last}
-            if p.config.static and graph.blocks[p.last].kind is BlockKind.HEAD and p.first < p.last:
-                inside.add(p.last)
-            if p.config.kind is DeviceKind.NPU:
-                inside |= {s for s in npu_starts if p.first < s <= p.last}
-            edges = [p.first, *sorted(inside), p.last + 1]
-            pieces += [replace(p, first=a, last=b - 1) for a, b in pairwise(edges)]
-        found.append(tuple(pieces))
-    return found
 
 
 def build(
@@ -100,7 +70,7 @@ def build(
         keep_last_logits(model, graph)
         phases = [
             (placements, _cut(model, graph, placements))
-            for placements in groups(graph, plan, library.starts if library else ())
+            for placements in plan.submodels(graph, library.starts if library else ())
         ]
         needed = {
             name for _, cut in phases for submodel in cut for port in submodel.inputs for name in port.get_names()

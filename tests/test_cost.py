@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgert.cost import Work, call_energy_uj, call_us, handover_us, pipeline_us, predict
+from edgert.cost import Costs, Work, Workload, call_us, handover_us
 from edgert.device import DeviceConfig
 from edgert.errors import DeviceError, PlanError, UnknownDeviceError, UsageError
 from edgert.graph import Block, BlockGraph, BlockKind, Edge
 from edgert.placement import Placement, Plan
+from edgert.prediction import Prediction, pipeline_us
+from edgert.prediction import predict as predict_costs
 from edgert.profile import DeviceModel, Profile, named, names
 
 # 1 byte takes 1 us to read and to move, 1 operation 1 us to compute.
@@ -33,6 +35,16 @@ def chain(blocks: list[Block], width: int = 1) -> BlockGraph:
     return BlockGraph(tuple(blocks), tuple(Edge(b.index, b.index + 1, b.output, width) for b in blocks[:-1]))
 
 
+def machine(models: dict[DeviceConfig, DeviceModel], **values: Any) -> Profile:
+    """A profile of these models; its base takes nothing."""
+    devices = tuple(replace(model, name=f"m{i}", config=str(c)) for i, (c, model) in enumerate(models.items()))
+    return Profile(**{"version": 2, "machine": "test", "devices": devices, "base_w": 0.0, **values})
+
+
+def predict(graph: BlockGraph, plan: Plan, models: dict[DeviceConfig, DeviceModel], **load: int) -> Prediction:
+    return predict_costs(Costs(graph, machine(models)), plan, Workload(**load))
+
+
 def test_the_shipped_profiles_are_whole() -> None:
     assert len(names()) == 9
     for name in names():
@@ -46,7 +58,7 @@ def test_the_shipped_profiles_are_whole() -> None:
 
 
 def profile_json(**changes: Any) -> dict[str, Any]:
-    return {"version": 1, "machine": "m", "devices": [{**UNIT.__dict__, **changes}]}
+    return {"version": 2, "machine": "m", "devices": [{**asdict(UNIT), **changes}]}
 
 
 def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -61,7 +73,7 @@ def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
         ("", "Expecting value"),
         ("[" * 100_000, "recursion"),
         ("[]", "expected an object"),
-        (json.dumps({**profile_json(), "version": 2}), "version is 2, this edgert reads 1"),
+        (json.dumps({**profile_json(), "version": 1}), "version is 1, this edgert reads 2"),
         (json.dumps({**profile_json(), "extra": 1}), "unknown field 'extra'"),
         (json.dumps({**profile_json(), "devices": profile_json()["devices"] * 2}), "the same name"),
         (json.dumps(profile_json(bandwidth_gbps=0)), "bandwidth_gbps is 0.0, expected a finite number above 0"),
@@ -90,15 +102,17 @@ def test_a_missing_profile(tmp_path: Path) -> None:
 
 def test_a_call_is_launch_then_the_longer_of_reading_and_computing_then_moving() -> None:
     attention = block(weight_bytes={"u4": 90, "f16": 10}, flops_per_token=50, kv_bytes_per_token=8, recurrent_bytes=3)
-    work = Work.of([attention], bytes_in=4, bytes_out=6)
+    work = Work.of(attention)
+
+    def call(model: DeviceModel, tokens: int, past: int) -> float:
+        return call_us(model, [work], tokens, past, boundary_bytes=10)
+
     # One token after 5: reads 100 + 8·6 + 2·3 bytes; computes 50 + 4·6 operations.
-    assert call_us(UNIT, work, 1, 5) == 7 + 154 + 10
+    assert call(UNIT, 1, 5) == 7 + 154 + 10
     # Ten tokens after 5: reads 100 + 8·15 + 6; computes 500 + 4·(10·5 + 55).
-    assert call_us(UNIT, work, 10, 5) == 7 + 920 + 100
-    assert call_energy_uj(UNIT, work, 1, 5) == 2 * 171
-    assert call_energy_uj(replace(UNIT, active_w=None), work, 1, 5) is None
+    assert call(UNIT, 10, 5) == 7 + 920 + 100
     half = replace(UNIT, precision="f16")  # states and boundary tensors are half as large, weights are what they are
-    assert call_us(half, work, 1, 5) == 7 + 100 + 54 / 2 + 5
+    assert call(half, 1, 5) == 7 + 100 + 54 / 2 + 5
     assert handover_us(UNIT, work.state_bytes(5)) == 43
     assert handover_us(half, work.state_bytes(5)) == 21.5
 
@@ -106,15 +120,15 @@ def test_a_call_is_launch_then_the_longer_of_reading_and_computing_then_moving()
 def test_an_embedding_reads_no_table_and_a_head_computes_the_rows_that_are_kept() -> None:
     embed = block(0, BlockKind.EMBED, weight_bytes={"u8": 10**6})
     head = block(1, BlockKind.HEAD, weight_bytes={"u8": 10}, flops_per_token=20)
-    work = Work.of([embed, head])
-    assert call_us(UNIT, work, 100, 0) == 7 + 20
-    assert call_us(UNIT, work, 100, 0, rows=100) == 7 + 2000
+    works = [Work.of(embed), Work.of(head)]
+    assert call_us(UNIT, works, 100, 0) == 7 + 20
+    assert call_us(UNIT, works, 100, 0, rows=100) == 7 + 2000
 
 
 def test_a_mixture_of_experts_reads_the_experts_that_are_used() -> None:
     # 4-bit weights of 8 experts with 100 elements each, of which a token uses 2.
     experts = block(kind=BlockKind.MOE, weight_bytes={"u4": 400}, flops_per_token=2 * 200)
-    work = Work.of([experts])
+    work = Work.of(experts)
     assert work.weights_read(1) == pytest.approx(100)
     assert work.weights_read(2) == pytest.approx(400 * (1 - 0.75**2))
     assert work.weights_read(10_000) == pytest.approx(400)
@@ -189,9 +203,9 @@ def test_one_token_more_is_one_decode_call_more() -> None:
     one = predict(GRAPH, plan, MODELS, prompt_tokens=5, new_tokens=1, chunk=8)
     two = predict(GRAPH, plan, MODELS, prompt_tokens=5, new_tokens=2, chunk=8)
     assert one.decode_us == 0
-    work = Work.of(GRAPH.blocks)
-    assert two.decode_us == call_us(FREE_MOVES, work, 1, 5)
-    assert one.prefill_us == two.prefill_us == call_us(FREE_MOVES, work, 5, 0)
+    works = [Work.of(b) for b in GRAPH.blocks]
+    assert two.decode_us == call_us(FREE_MOVES, works, 1, 5)
+    assert one.prefill_us == two.prefill_us == call_us(FREE_MOVES, works, 5, 0)
 
 
 def test_boundary_tensors_count_on_both_sides() -> None:

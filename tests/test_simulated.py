@@ -17,14 +17,16 @@ from edgert.backends.openvino import BACKEND as OPENVINO
 from edgert.backends.openvino import core
 from edgert.backends.simulated import Clock, Fault, SimulatedBackend, SimulatedDevice, SimulatedRunner
 from edgert.bundle import Bundle
-from edgert.cost import Work, call_us, handover_us, predict
+from edgert.cost import Costs, Work, Workload, call_us, handover_us
 from edgert.cutting import cut
 from edgert.device import DeviceConfig
 from edgert.errors import DeviceFailedError
 from edgert.graph import BlockGraph
 from edgert.lowering import keep_last_logits
 from edgert.placement import Placement, Plan
-from edgert.profile import DeviceModel, names
+from edgert.prediction import Prediction
+from edgert.prediction import predict as predict_costs
+from edgert.profile import DeviceModel, Profile, names
 
 SLOW = DeviceModel("slow", 0.5, 10.0, 200.0, 0.25, 3.0, 0.5, "f32", "modelled", "made up")
 HALF = replace(SLOW, name="half", precision="f16", compute_gops=20.0)
@@ -32,6 +34,16 @@ CONFIGS = {DeviceConfig("SIM", model.name): model for model in (SLOW, HALF)}
 SIM_SLOW, SIM_HALF = CONFIGS
 UNTIMED = DeviceConfig("SIM", "f32")
 TOKENS = [5, 17, 3, 60, 41, 9, 30]
+
+
+def predict(graph: BlockGraph, plan: Plan, models: object, **load: int) -> Prediction:
+    assert models is CONFIGS
+    profile = Profile(2, "test", tuple(CONFIGS.values()), base_w=0.0)
+    return predict_costs(Costs(graph, profile), plan, Workload(**load))
+
+
+def works(graph: BlockGraph) -> list[Work]:
+    return [Work.of(block) for block in graph.blocks]
 
 
 class FakeClock(Clock):
@@ -170,20 +182,20 @@ def test_reset_empties_the_cache_and_takes_no_time(pieces: Pieces, backend: Simu
         runner.reset()
         assert clock.passed_us == passed_us
     assert times[0] == pytest.approx(times[1], rel=1e-12)
-    work = Work.of(pieces.graph.blocks)
+    work = works(pieces.graph)
     assert times[0] == pytest.approx(call_us(SLOW, work, 7, 0) + call_us(SLOW, work, 1, 7))
 
 
 def test_a_cache_that_is_cut_back_is_as_long_as_what_is_left(pieces: Pieces, backend: SimulatedBackend) -> None:
     last = len(pieces.graph.blocks) - 1
     (runner,) = pieces.runners(backend, Placement(0, last, SIM_SLOW))
-    work = Work.of(pieces.graph.blocks)
+    work = works(pieces.graph)
     forward([runner], TOKENS, 0)
     states = {name: np.ascontiguousarray(array[:, :, :3]) for name, array in runner.read_states().items()}
     runner.write_states(states)
     before = runner.busy_us
     runner.read_states()
-    assert runner.busy_us - before == pytest.approx(handover_us(SLOW, work.state_bytes(3)))
+    assert runner.busy_us - before == pytest.approx(handover_us(SLOW, sum(w.state_bytes(3) for w in work)))
     before = runner.busy_us
     forward([runner], [7], 3)
     assert runner.busy_us - before == pytest.approx(call_us(SLOW, work, 1, 3))
@@ -219,7 +231,7 @@ def test_threads_share_a_device(backend: SimulatedBackend, clock: FakeClock, pie
         thread.start()
     for thread in threads:
         thread.join()
-    assert clock.passed_us == pytest.approx(3 * call_us(SLOW, Work.of(pieces.graph.blocks), 7, 0))
+    assert clock.passed_us == pytest.approx(3 * call_us(SLOW, works(pieces.graph), 7, 0))
 
 
 def test_the_real_clock_never_wakes_early() -> None:

@@ -175,7 +175,10 @@ class SimulatedRunner:
 
     def _call_us(self, tokens: int, rows: int) -> float:
         model = self._device.model
-        return call_us(model, self._compiled.work, tokens, self._past, rows) if model else 0.0
+        if model is None:
+            return 0.0
+        compiled = self._compiled
+        return call_us(model, compiled.works, tokens, self._past, rows, boundary_bytes=compiled.boundary_bytes)
 
     def _handover_us(self, f32_bytes: int) -> float:
         return handover_us(self._device.model, f32_bytes) if self._device.model else 0.0
@@ -185,11 +188,12 @@ class SimulatedCompiled:
     """See `edgert.backends.base.Compiled`."""
 
     def __init__(
-        self, compiled: OpenVinoCompiled, device: SimulatedDevice, blocks: Sequence[Block], work: Work
+        self, compiled: OpenVinoCompiled, device: SimulatedDevice, blocks: Sequence[Block], boundary_bytes: int
     ) -> None:
         self._compiled = compiled
         self.device = device
-        self.work = work
+        self.works = [Work.of(block) for block in blocks]
+        self.boundary_bytes = boundary_bytes
         self.states = {s for b in blocks for s in b.states}
         # Those that hold a row a token, and so tell how many tokens there are.
         self.caches = {s for b in blocks if b.kv_bytes_per_token and not b.recurrent_bytes for s in b.states}
@@ -231,8 +235,8 @@ class SimulatedBackend:
             raise DeviceFailedError(f"{config} cannot tell the time of a model whose blocks are not known")
         if isinstance(model, Path):
             model = core().read_model(model)
-        work = Work.of(blocks, bytes_in=_bytes_per_token(model.inputs), bytes_out=_bytes_per_token(model.outputs))
-        return SimulatedCompiled(OPENVINO.compile(model, DeviceConfig("CPU", "f32")), device, blocks, work)
+        boundary_bytes = _bytes_per_token(model.inputs) + _bytes_per_token(model.outputs)
+        return SimulatedCompiled(OPENVINO.compile(model, DeviceConfig("CPU", "f32")), device, blocks, boundary_bytes)
 
     def _device(self, config: DeviceConfig) -> SimulatedDevice:
         with self._lock:
