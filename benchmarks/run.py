@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from shapes import BUILD, ROOT, qwen3_bundle
 
 import edgert
 from edgert import backends
@@ -37,8 +38,6 @@ from edgert.profile import DeviceModel, Profile
 from edgert.sampling import Sampler, SamplingParams
 from edgert.shapes import StaticShapes
 
-ROOT = Path(__file__).parents[1]
-BUILD = ROOT / "build" / "bench"
 CONFIG = DeviceConfig("CPU", "f32+dq")
 PROMPT_TOKENS, TURN, TURNS, ROUNDS = 128, 7, 4, 7
 
@@ -54,26 +53,6 @@ class Ratio:
     target: str
     met: bool
     detail: str
-
-
-def qwen3_bundle() -> Path:
-    """Qwen3-0.6B's shape with random weights at INT4 (asymmetric, group 128; embedding and head INT8)."""
-    bundle = BUILD / "qwen3-0.6b-shape.edge"
-    if not bundle.exists():
-        import torch
-        from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-
-        source = BUILD / "qwen3-0.6b-shape"
-        torch.manual_seed(0)
-        config = Qwen3Config(
-            vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-            num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True,
-            rope_theta=1e6, eos_token_id=None, bos_token_id=None,
-        )  # fmt: skip
-        Qwen3ForCausalLM(config).to(torch.float16).save_pretrained(source)
-        AutoTokenizer.from_pretrained(ROOT / "examples" / "models" / "bookworm").save_pretrained(source)
-        edgert.compile(source, bundle, weights="int4", progress=print)
-    return bundle
 
 
 class BareLoop:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ class Executor:
             times as long.
         complete: whether to compile what an NPU lacks, which may take minutes; otherwise that is a
             `MissingBlobError`.
+        blocks: leave all submodels out that hold none of these blocks: for measuring, as the results mean nothing.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -60,6 +61,7 @@ class Executor:
         shapes: StaticShapes | None = None,
         timeout_s: float = DEVICE_TIMEOUT_S,
         complete: bool = False,
+        blocks: Collection[int] | None = None,
     ) -> None:
         self.facts = bundle.facts
         self.plan = plan
@@ -86,7 +88,7 @@ class Executor:
         if any(config.static for config in plan.configs):
             shapes = shapes or (library and library.shapes) or StaticShapes()
             self.shapes = shapes.within(bundle.facts.context_length)
-        self.chains = build(bundle, bundle.graph, plan, self.shapes, INPUTS, timeout_s, library)
+        self.chains = build(bundle, bundle.graph, plan, self.shapes, INPUTS, timeout_s, library, blocks)
 
     def keeps_states(self, stage: Stage) -> bool:
         """Whether some of the keys and values, or other states, are in this stage; without a block graph, yes."""
@@ -342,6 +344,29 @@ class SequenceRun:
             return {name: as_array(tensor).copy() for name, tensor in inputs.items()}
 
         return Segment(chain.stages[stages[0]].placement.config.unit, run)
+
+    def observe(self, tokens: Sequence[int], before: Callable[[], object]) -> list[tuple[float, Array]]:
+        """Append tokens as `forward` does, and look at each stage.
+
+        Args:
+            before: called before each stage.
+
+        Returns:
+            For each stage the microseconds inside the device and a copy of its first output.
+        """
+        chain = self._chains[DECODE if len(tokens) == 1 else PREFILL]
+        self._enter(chain)
+        inputs = self._inputs(tokens, self.past, 1)
+        seen = []
+        for number in range(len(chain.stages)):
+            before()
+            start = time.perf_counter_ns()
+            outputs = chain.run(inputs, range(number, number + 1))
+            latency_us = (time.perf_counter_ns() - start) / 1000
+            output = outputs.get(BOUNDARY) if BOUNDARY in outputs else next(iter(outputs.values()))
+            seen.append((latency_us, as_array(output).astype(np.float32)))
+        self.tokens += tokens
+        return seen
 
     def rewind(self, length: int) -> None:
         """Go back to the first `length` tokens, or to none where the states do not allow it: see `past` after."""

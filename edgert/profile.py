@@ -17,6 +17,7 @@ from typing import Any, Literal
 from edgert.device import DeviceConfig
 from edgert.errors import DeviceError, EdgertError, UnknownDeviceError, UsageError
 from edgert.fields import build
+from edgert.graph import BlockGraph
 
 Provenance = Literal["measured", "published", "estimated", "modelled"]
 # Best first: measured on the machine itself; derived from somebody's published run; said by a compiler or vendor's
@@ -137,8 +138,8 @@ class Measurement:
 
     def __post_init__(self) -> None:
         for name, value, low in (
-            ("tokens", self.tokens, 1), ("past", self.past, 0), ("runs", self.runs, 1), ("spread_us", self.spread_us, 0),
-            ("energy_uj", self.energy_uj, 0), ("error", self.error, 0),
+            ("tokens", self.tokens, 1), ("past", self.past, 0), ("runs", self.runs, 1),
+            ("spread_us", self.spread_us, 0), ("energy_uj", self.energy_uj, 0), ("error", self.error, 0),
         ):  # fmt: skip
             if value is not None and not (math.isfinite(value) and value >= low):
                 raise UsageError(f"measurement of {self.block[:40]}: {name} is {value}, the least is {low}")
@@ -167,7 +168,7 @@ class Profile:
         version: of the format, `FORMAT_VERSION`.
         machine: the machine's name.
         devices: one model a device configuration; their names differ, and so do their configurations.
-        base_w: what the machine draws whatever its devices do (SoC, memory), without a display; None where nobody knows.
+        base_w: what the machine draws whatever its devices do (SoC, memory), without a display; None for unknown.
         base_provenance: of `base_w`.
         base_range: lowest and highest likely `base_w`; empty where it is not uncertain.
         shared_gbps: 10^9 bytes a second that all devices together reach; None where nobody knows.
@@ -210,6 +211,28 @@ class Profile:
     def model(self, config: DeviceConfig) -> DeviceModel | None:
         """The device model of a configuration; None where there is none."""
         return next((model for model in self.devices if model.device == config), None)
+
+    def covers(self, graph: BlockGraph, config: DeviceConfig) -> bool:
+        """Whether every block of a model was measured on a configuration."""
+        known = {row.block for row in self.measurements if row.config == str(config)}
+        return self.model(config) is not None and {block.signature for block in graph.blocks} <= known
+
+    def joined(self, newer: Profile) -> Profile:
+        """What both know of the same machine; where both know something, what the newer one says."""
+        again = {(m.config, m.block) for m in newer.measurements}
+        kept = tuple(m for m in self.measurements if (m.config, m.block) not in again)
+        replaced = {m.device for m in newer.devices}
+        slowdowns = {(s.config, s.beside): s for s in (*self.slowdowns, *newer.slowdowns)}
+        return replace(
+            newer,
+            devices=(*(m for m in self.devices if m.device not in replaced), *newer.devices),
+            base_w=self.base_w if newer.base_w is None else newer.base_w,
+            base_provenance=self.base_provenance if newer.base_w is None else newer.base_provenance,
+            source="; ".join(dict.fromkeys((self.source, newer.source))),
+            slowdowns=tuple(slowdowns.values()),
+            measurements=(*kept, *newer.measurements),
+            warnings=tuple(dict.fromkeys((*self.warnings, *newer.warnings))),
+        )
 
     def scaled(self, config: DeviceConfig, *, time: float = 1.0, power: float = 1.0) -> Profile:
         """This profile with one configuration that takes `time` times as long, at `power` times the watts."""

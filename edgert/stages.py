@@ -10,7 +10,7 @@ from edgert.backends import info_of, require
 from edgert.backends.base import Backend, Compiled, Runner, TensorCompiled, TensorRunner
 from edgert.bucketed import StaticCompiled
 from edgert.bundle import Bundle
-from edgert.device import DeviceConfig, DeviceKind
+from edgert.device import DeviceKind
 from edgert.errors import BundleError, DeviceFailedError, PlanError, cause
 from edgert.graph import BOUNDARY, Block, BlockGraph
 from edgert.guard import guarded
@@ -45,6 +45,7 @@ def build(
     available: Collection[str],
     timeout_s: float,
     library: Library | None = None,
+    blocks: Collection[int] | None = None,
 ) -> Chains:
     """Compile a plan.
 
@@ -53,6 +54,8 @@ def build(
         available: inputs that a sequence can give.
         timeout_s: how long a device may take for a call; see `edgert.guard`.
         library: the compiled submodels of an NPU; None where the plan has none.
+        blocks: compile only the submodels that hold one of these, and those that give them masks and tables; the
+            chains skip the others. None for all.
 
     Raises:
         BundleError: the model file is damaged, or wants an input that is not available.
@@ -72,6 +75,8 @@ def build(
             (placements, _cut(model, graph, placements))
             for placements in plan.submodels(graph, library.starts if library else ())
         ]
+        if blocks is not None:
+            phases = [_only(placements, cut, blocks) for placements, cut in phases]
         needed = {
             name for _, cut in phases for submodel in cut for port in submodel.inputs for name in port.get_names()
         }
@@ -98,6 +103,22 @@ def build(
             if isinstance(stage.compiled, StaticCompiled):
                 stage.compiled.prepare(prefill=phase == "prefill")
     return tuple(chains)
+
+
+def _only(
+    placements: Sequence[Placement], submodels: Sequence[ov.Model], blocks: Collection[int]
+) -> tuple[tuple[Placement, ...], list[ov.Model]]:
+    """The submodels that hold some blocks, and those that compute what these need beside the residual stream."""
+    kept = {n for n, p in enumerate(placements) if any(p.first <= i <= p.last for i in blocks)}
+    given = {
+        name: n
+        for n, submodel in enumerate(submodels)
+        for port in submodel.outputs
+        for name in port.get_names() - {BOUNDARY}
+    }
+    needed = {name for n in kept for port in submodels[n].inputs for name in port.get_names()}
+    kept |= {n for name, n in given.items() if name in needed}
+    return tuple(placements[n] for n in sorted(kept)), [submodels[n] for n in sorted(kept)]
 
 
 def _check_memory(graph: BlockGraph, plan: Plan, context: int) -> None:

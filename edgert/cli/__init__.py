@@ -13,7 +13,7 @@ from typing import Any
 from edgert import __version__
 from edgert.errors import EdgertError
 
-VERBS = ("devices", "compile", "inspect", "plan", "run", "doctor")
+VERBS = ("devices", "compile", "inspect", "profile", "plan", "run", "bench", "fit", "doctor")
 
 DESCRIPTION = """\
 Run language models on small Intel machines.

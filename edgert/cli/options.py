@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from edgert.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +26,21 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
         "prefill: or decode: before a rule limits it to that phase",
     )
     group.add_argument("--plan", metavar="FILE", help="a plan written by `edgert plan --save`")
+
+
+def watts(given: Sequence[str]) -> dict[str, float]:
+    """`--watts CPU=15` by name; raises `UsageError` for what is not of that form."""
+    found = {}
+    for text in given:
+        name, _, number = text.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = -1.0
+        if not name or not 0 < value < float("inf"):
+            raise UsageError(f"--watts {text}: expected NAME=WATTS with watts above 0")
+        found[name] = value
+    return found
 
 
 def size(count: int) -> str:

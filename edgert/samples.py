@@ -1,0 +1,144 @@
+"""What measuring left behind, and what it says: medians, rates, doubts."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgert.device import DeviceConfig
+from edgert.graph import BlockGraph
+from edgert.profile import DeviceModel, Measurement, Provenance
+from edgert.rates import fit, launch_us
+
+Key = tuple[str, int, int]
+"""Signature of a block or of a whole model, new tokens, past tokens."""
+SLOWED = 1.15  # a configuration that ends this much slower than it began
+UNSTEADY = 0.25  # half the range between the quartiles over the median
+SMALLEST_US = 1e-3
+
+
+@dataclass
+class Raw:
+    """Samples of one configuration, over all rounds.
+
+    Attributes:
+        blocks: microseconds of blocks, one by one.
+        whole: of the model as it runs in a plan with one device.
+        errors: relative difference from `CPU@f32` by signature.
+        moves: of caches that were read or written: bytes, and microseconds.
+        watts: above the machine's base, by phase, of the whole model.
+        drifts: the second half of a run of decode steps over the first.
+        calls: submodels of the whole model.
+        emulated: whether the device is.
+    """
+
+    blocks: dict[Key, list[float]] = field(default_factory=dict)
+    whole: dict[Key, list[float]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    moves: list[tuple[float, float]] = field(default_factory=list)
+    watts: dict[str, list[float]] = field(default_factory=dict)
+    drifts: list[float] = field(default_factory=list)
+    calls: int = 1
+    emulated: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        lists = {name: [[*key, value] for key, value in getattr(self, name).items()] for name in ("blocks", "whole")}
+        return {**self.__dict__, **lists}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Raw:
+        tables: dict[str, Any] = {
+            name: {(signature, tokens, past): values for signature, tokens, past, values in data[name]}
+            for name in ("blocks", "whole")
+        }
+        return cls(**{**data, **tables, "moves": [(size, us) for size, us in data["moves"]]})
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A configuration's part of a profile."""
+
+    device: DeviceModel
+    measurements: tuple[Measurement, ...]
+    warnings: tuple[str, ...]
+
+
+def summary(config: DeviceConfig, raw: Raw, graph: BlockGraph, declared_w: Mapping[str, float]) -> Summary:
+    """What the samples of a configuration say.
+
+    Args:
+        declared_w: watts by device, for where none were measured.
+    """
+    provenance: Provenance = "modelled" if raw.emulated else "measured"
+    blocks = {key: statistics.median(values) for key, values in raw.blocks.items()}
+    whole = {key: statistics.median(values) for key, values in raw.whole.items()}
+    launch = launch_us(blocks, whole, graph, raw.calls)
+    watts = {phase: statistics.median(values) for phase, values in raw.watts.items() if values}
+
+    def measurement(key: Key, samples: list[float], less_us: float) -> Measurement:
+        signature, tokens, past = key
+        latency_us = max(statistics.median(samples) - less_us, SMALLEST_US)
+        phase_w = watts.get("decode" if tokens == 1 else "prefill")
+        return Measurement(
+            config=str(config),
+            block=signature,
+            tokens=tokens,
+            past=past,
+            latency_us=round(latency_us, 3),
+            spread_us=round(_spread(samples), 3),
+            energy_uj=None if phase_w is None else round(max(0.0, phase_w) * latency_us, 3),
+            runs=len(samples),
+            provenance=provenance,
+            error=raw.errors.get(signature),
+        )
+
+    # A whole model of several submodels counts as one call: the other launches are reckoned where plans are.
+    rows = [measurement(key, values, 0.0) for key, values in raw.blocks.items()]
+    rows += [measurement(key, values, (raw.calls - 1) * launch) for key, values in raw.whole.items()]
+    net = {key: max(us - launch, SMALLEST_US) for key, us in blocks.items()} or whole
+    precision = "f16" if config.half else "f32"
+    rates = fit(net, graph, 0.5 if config.half else 1.0)
+    moved, spent_us = (sum(values) for values in zip(*raw.moves, strict=True)) if raw.moves else (0.0, 0.0)
+    # Nothing was moved: a device without a cache of its own is as good as memory.
+    transfer = moved / spent_us / 1e3 if moved and spent_us else rates.get("bandwidth_gbps", 1.0)
+    active = statistics.mean(watts.values()) if watts else declared_w.get(config.device)
+    device = DeviceModel(
+        name=f"{config.device}-{config.variant}".replace("+", "-").lower(),
+        config=str(config),
+        **{"compute_gops": 1.0, **{name: round(rate, 3) for name, rate in rates.items()}},  # type: ignore[arg-type]
+        launch_us=round(launch, 2),
+        transfer_gbps=round(max(transfer, 1e-3), 3),
+        active_w=None if active is None else round(max(0.0, active), 3),
+        # At rest it is part of the base that was measured.
+        idle_w=None if active is None else 0.0,
+        precision=precision,
+        provenance=provenance,
+        source="fitted to the measurements of this profile" + ("" if watts or active is None else "; watts declared"),
+        provenances={} if watts or active is None else {"active_w": "estimated", "idle_w": "estimated"},
+    )
+    return Summary(device, tuple(rows), _doubts(config, raw))
+
+
+def _doubts(config: DeviceConfig, raw: Raw) -> tuple[str, ...]:
+    found = []
+    if raw.drifts and (drift := max(raw.drifts)) > SLOWED:
+        found.append(f"{config} got {drift - 1:.0%} slower within a run: it throttles, or other work came up")
+    unsteady = [
+        key for table in (raw.blocks, raw.whole) for key, values in table.items()
+        if len(values) > 2 and _spread(values) > UNSTEADY * statistics.median(values)
+    ]  # fmt: skip
+    if len(unsteady) * 5 > len(raw.blocks) + len(raw.whole):
+        found.append(
+            f"{config}: {len(unsteady)} of {len(raw.blocks) + len(raw.whole)} times are unsteady; other work ran"
+        )
+    return tuple(found)
+
+
+def _spread(samples: list[float]) -> float:
+    """Half of the range between the quartiles; 0 for less than two samples."""
+    if len(samples) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return (high - low) / 2
