@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from edgert.scheduler import schedule
 from rich.console import Console
 from rich.table import Table
 from shapes import BUILD, llama_bundle, qwen3_bundle
@@ -33,11 +32,12 @@ from edgert.placement import Plan
 from edgert.prediction import predict
 from edgert.profile import Profile
 from edgert.profiler import QUICK, Grid, Profiler, default_configs
+from edgert.scheduler import schedule
 
 CONTEXTS = (128, 1024)  # between those of the grid, 32, 512, 2048
 PROMPTS = ((384, 128), (768, 384))  # tokens and chunk; the grid has chunks of 16, 64, 256, 512
 LOAD = Workload(prompt_tokens=512, new_tokens=128, chunk=256)  # for the choice of a plan
-ROUNDS, STEPS = 5, 8
+TURNS, ROUNDS, STEPS = 2, 2, 8
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Choice:
 def plans(graph: BlockGraph, configs: tuple[DeviceConfig, ...]) -> dict[str, Plan]:
     """Every configuration alone, and mixes that no measurement has seen as they are."""
     found = {str(config): Plan.single(graph, config) for config in configs}
-    first, second = configs[:2]
+    first, second = configs[0], configs[-1]
     half, count = len(graph.blocks) // 2, len(graph.blocks)
     found[f"first half {second}, then {first}"] = Plan.from_configs(
         [second] * half + [first] * (count - half), "halves"
@@ -97,17 +97,19 @@ def profile_of(bundle: Bundle, grid: Grid, keep: Path | None) -> Profile:
 
 
 def compare(bundle: Bundle, graph: BlockGraph, profile: Profile) -> list[Row]:
-    """Predictions beside measurements; the plans take turns, round by round."""
+    """Predictions beside measurements; the plans take turns."""
     costs, configs = Costs(graph, profile), profile.configs
     chosen = plans(graph, configs)
-    runs = {name: Executor(bundle, plan).open() for name, plan in chosen.items()}
     tokens = np.random.default_rng(5).integers(0, bundle.facts.vocab_size, 4096).tolist()
     found: dict[tuple[str, str], list[float]] = {}
-    for number in range(ROUNDS + 1):
-        for name, run in runs.items():
-            for kind, value in _measure(run, tokens):
-                if number:
-                    found.setdefault((name, kind), []).append(value)
+    for _ in range(TURNS):
+        for name, plan in chosen.items():
+            run = Executor(bundle, plan).open()  # one at a time: all of them would not fit into memory
+            for number in range(ROUNDS + 1):
+                for kind, value in _measure(run, tokens):
+                    if number:
+                        found.setdefault((name, kind), []).append(value)
+            del run
     rows = []
     for (name, kind), values in found.items():
         prompt, chunk = next(((p, c) for p, c in PROMPTS if kind == f"prefill {p} by {c}"), (0, 0))
@@ -164,7 +166,7 @@ def choose(bundle: Bundle, graph: BlockGraph, profile: Profile) -> list[Choice]:
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     default = _bare_default(bundle, tokens)
     times["OpenVINO's default"] = []
-    for number in range(ROUNDS + 1):
+    for number in range(TURNS * ROUNDS + 1):
         for name, run in runs.items():
             taken = request(run)
             if number:

@@ -26,7 +26,7 @@ from edgert.device import DeviceConfig, DeviceKind
 from edgert.errors import PlanError, UsageError
 from edgert.graph import Block, BlockGraph, BlockKind
 from edgert.placement import HOST
-from edgert.profile import DeviceModel, Measurement, Profile, Provenance
+from edgert.profile import PROVENANCES, DeviceModel, Measurement, Profile, Provenance
 from edgert.shapes import StaticShapes
 
 Floats = float | NDArray[np.float64]
@@ -302,9 +302,7 @@ class Costs:
         block = self.graph.blocks[index]
         padded, _ = self._padded(config, tokens, 0)
         if self._table(index, config, padded) is not None:
-            rows = self._measured[str(config), block.signature]
-            measured = all(row.provenance == "measured" for row in rows)
-            return Entry(str(config), block.signature, "measured" if measured else "estimated")
+            return Entry(str(config), block.signature, self._measured[str(config), block.signature][0].provenance)
         # Rates that were fitted to other blocks on this machine are an estimate for this one.
         provenance = self.model(config).provenance
         return Entry(str(config), "rates", "estimated" if provenance == "measured" else provenance)
@@ -349,10 +347,12 @@ class Costs:
 
     @cached_property
     def _measured(self) -> dict[tuple[str, str], list[Measurement]]:
+        """By configuration and signature, those of the best provenance: a measurement makes estimates worthless."""
         found: dict[tuple[str, str], list[Measurement]] = {}
         for row in self.profile.measurements:
             found.setdefault((row.config, row.block), []).append(row)
-        return found
+        best = {key: min((row.provenance for row in rows), key=PROVENANCES.index) for key, rows in found.items()}
+        return {key: [row for row in rows if row.provenance == best[key]] for key, rows in found.items()}
 
     @cached_property
     def _tables(self) -> dict[tuple[str, str], Table]:

@@ -38,6 +38,48 @@ def build(cls: type[T], data: Any, what: str) -> T:
     return cls(**values)
 
 
+def schema(cls: type) -> dict[str, Any]:
+    """What `build` takes for a dataclass, as JSON Schema (https://json-schema.org/draft/2020-12)."""
+    definitions: dict[str, Any] = {}
+    _define(cls, definitions)
+    root = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": cls.__name__}
+    return {**root, **definitions.pop(cls.__name__), "$defs": definitions}
+
+
+def _define(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
+    """A reference to a dataclass's schema, which is added to the definitions."""
+    if cls.__name__ not in definitions:
+        definitions[cls.__name__] = {}  # one that contains itself ends here
+        hints = get_type_hints(cls)
+        declared = fields(cls)  # type: ignore[arg-type]
+        needed = [f.name for f in declared if f.default is MISSING and f.default_factory is MISSING]
+        definitions[cls.__name__] = {
+            "type": "object",
+            "properties": {f.name: _type(hints[f.name], definitions) for f in declared},
+            "required": needed,
+            "additionalProperties": False,
+        }
+    return {"$ref": f"#/$defs/{cls.__name__}"}
+
+
+def _type(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [_type(a, definitions) for a in arguments]}
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin in (tuple, list):
+        return {"type": "array", "items": _type(arguments[0], definitions)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _type(arguments[1], definitions)}
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return {"enum": [str(member) for member in kind]}
+    if isinstance(kind, type) and is_dataclass(kind):
+        return _define(kind, definitions)
+    names = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
+    return {"type": names[kind]} if kind in names else {}
+
+
 def check_rows(rows: list[dict[str, Any]], columns: Mapping[str, type], what: str) -> None:
     """Raise `ValueError` unless every row has these columns, each of its type."""
     for row in rows:

@@ -109,7 +109,7 @@ def predict(costs: Costs, plan: Plan, load: Workload) -> Prediction:
 
     # Neighbours on the same hardware are one stage of the pipeline.
     stages = [(unit, list(group)) for unit, group in groupby(prefill, lambda p: p.config.unit)]
-    slower = _contention(costs, stages, load) if len(stages) > 1 and len(load.calls) > 1 else {}
+    slower = contention(costs, stages, load) if len(stages) > 1 and len(load.calls) > 1 else {}
     calls_us = np.zeros((len(load.calls), len(stages)))
     for number, (unit, group) in enumerate(stages):
         for p in group:
@@ -121,7 +121,9 @@ def predict(costs: Costs, plan: Plan, load: Workload) -> Prediction:
     prefill_us = pipeline_us(calls_us.tolist(), [unit for unit, _ in stages])
 
     moved_us = 0.0
-    for p in {*prefill} ^ {*decode} if prefill is not decode else ():
+    for p in dict.fromkeys((*prefill, *decode)):
+        if p in prefill and p in decode:  # its keys and values stay where they are
+            continue
         size = sum(costs.works[i].state_bytes(load.prompt_tokens) for i in range(p.first, p.last + 1))
         if size:
             latency_us = handover_us(costs.model(p.config), size)
@@ -208,7 +210,7 @@ def _beside_us(costs: Costs, p: Placement, tokens: Sequence[int]) -> np.ndarray[
     return model.launch_us + moving * np.asarray(tokens, np.float64)
 
 
-def _contention(costs: Costs, stages: Sequence[tuple[str, list[Placement]]], load: Workload) -> Mapping[str, float]:
+def contention(costs: Costs, stages: Sequence[tuple[str, list[Placement]]], load: Workload) -> Mapping[str, float]:
     """By hardware, how much longer its calls take because the other devices of a pipeline work too."""
     profile = costs.profile
     measured = {(s.config, s.beside): s.factor for s in profile.slowdowns}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from edgert.fields import build
+from edgert.fields import build, schema
+from edgert.profile import Profile
 
 
 class Colour(StrEnum):
@@ -64,3 +67,13 @@ def test_missing_and_unknown_fields() -> None:
     for data in (None, [], "x", 1):
         with pytest.raises(ValueError, match="expected an object"):
             build(Inner, data, "inner")
+
+
+def test_the_schema_says_what_is_taken() -> None:
+    committed = json.loads((Path(__file__).parents[1] / "docs" / "profile.schema.json").read_text("utf-8"))
+    assert committed == schema(Profile), "docs/profile.schema.json is out of date: write schema(Profile) there"
+    assert committed["required"] == ["version", "machine", "devices"]
+    model = committed["$defs"]["DeviceModel"]
+    assert model["properties"]["active_w"] == {"anyOf": [{"type": "number"}, {"type": "null"}]}
+    assert model["properties"]["precision"] == {"enum": ["f32", "f16"]}
+    assert model["additionalProperties"] is False

@@ -95,7 +95,7 @@ def test_what_was_measured_predicts_what_the_device_takes(bundle: Bundle, clock:
             said, true = predict(costs, plan, load), predict(truth, plan, load)
             assert said.prefill_us == pytest.approx(true.prefill_us, rel=0.1), (plan, load)
             assert said.decode_us == pytest.approx(true.decode_us, rel=0.03), (plan, load)
-            assert {entry.provenance for entry in said.entries} == {"estimated"}  # no real device was seen
+            assert {entry.provenance for entry in said.entries} == {"modelled"}  # no real device was seen
     for config, model in ((A, FAST), (B, SLOW)):
         rates = found.model(config)
         assert rates is not None
