@@ -1,0 +1,163 @@
+"""`edgert fit`: memory, speed and price against what one reckons by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgert.catalogue import find
+from edgert.cli import main
+from edgert.graph import BlockKind
+
+GBPS, WATTS, BASE_W = 100.0, 20.0, 5.0
+Capture = pytest.CaptureFixture[str]
+
+
+def device(name: str, **changes: Any) -> dict[str, Any]:
+    """A device that reads at `GBPS` and for which everything else costs nothing."""
+    return {
+        "name": name, "config": "CPU@f32+dq", "bandwidth_gbps": GBPS, "compute_gops": 1e9, "launch_us": 0,
+        "transfer_gbps": 1000, "active_w": WATTS, "idle_w": 0, "precision": "f32", "provenance": "modelled",
+        "source": "made up", **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    return write(tmp_path, [device("cpu")])
+
+
+def write(folder: Path, devices: list[dict[str, Any]], **facts: Any) -> Path:
+    path = folder / "machine.json"
+    profile = {"version": 2, "machine": "Testbox", "devices": devices, "base_w": BASE_W, "source": "assumed", **facts}
+    path.write_text(json.dumps(profile))
+    return path
+
+
+def fit(capsys: Capture, machine: Path, *arguments: str) -> dict[str, Any]:
+    assert main(["fit", "--profile", str(machine), "--json", *arguments]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_numbers(capsys: Capture, machine: Path) -> None:
+    found = fit(
+        capsys, machine, "--memory", "64", "--model", "llama 2 7b", "--weights", "fp16", "--prompt", "1000", "--new",
+        "2", "--price-kwh", "0.36", "--api-price", "10",
+    )  # fmt: skip
+    (row,) = found["models"]
+    graph = find(["Llama 2 7B"])[0].shape("fp16").graph
+    read = sum(b.total_weight_bytes for b in graph.blocks if b.kind is not BlockKind.EMBED)
+    cache = 32 * 2 * 4096 * 4  # layers, keys and values, width, f32
+    step_s = (read + 1001 * cache) / (GBPS * 1e9)
+    assert row["decode_tokens_per_second"] == pytest.approx(1 / step_s, rel=0.001)
+    assert row["memory_bytes"] == pytest.approx(read + 2 * 32000 * 4096 + 4096 * cache, rel=1e-6)
+    # Four calls read all weights, and what is in the cache then.
+    prefill_s = (4 * read + (256 + 512 + 768 + 1000) * cache) / (GBPS * 1e9)
+    assert row["ttft_ms"] == pytest.approx(prefill_s * 1e3, rel=0.01)
+    assert row["prefill_tokens_per_second"] == pytest.approx(1000 / prefill_s, rel=0.01)
+    joules = (WATTS + BASE_W) * (prefill_s + step_s) / 2
+    assert row["joules_per_token"] == pytest.approx(joules, rel=0.01)
+    assert row["price_per_million"] == pytest.approx(joules * 0.1, rel=0.01)  # 10^6 / 3.6e6 * 0.36
+    assert row["api_ratio"] == pytest.approx(10 / row["price_per_million"])
+    assert (row["config"], row["provenance"], row["energy_provenance"]) == ("CPU@f32+dq", "modelled", "modelled")
+    assert row["why_not"] is None
+
+
+def test_more_memory_never_fits_less(capsys: Capture, machine: Path) -> None:
+    fitting: set[tuple[str, str]] = set()
+    for memory in ("8", "16", "32", "400"):
+        models = fit(capsys, machine, "--memory", memory)["models"]
+        here = {(row["model"], row["weights"]) for row in models if row["why_not"] is None}
+        assert fitting < here
+        room = (float(memory) - 4) * 1e9
+        assert all((row["memory_bytes"] <= room) == (row["why_not"] is None) for row in models)
+        assert sorted(row["why_not"] is not None for row in models) == [row["why_not"] is not None for row in models]
+        fitting = here
+    assert len(models) == len(find([])) * 3
+
+
+def test_context_and_reserve(capsys: Capture, machine: Path) -> None:
+    arguments = ("--model", "qwen3 8b", "--weights", "int4")
+    short = fit(capsys, machine, "--memory", "16", "--context", "2048", *arguments)["models"][0]
+    long = fit(capsys, machine, "--memory", "64", "--context", "32768", *arguments)["models"][0]
+    assert long["memory_bytes"] - short["memory_bytes"] == (32768 - 2048) * 36 * 2 * 8 * 128 * 4
+    over = fit(capsys, machine, "--memory", "64", "--context", "50000", *arguments)["models"][0]
+    assert over["why_not"] == "its context holds 40960 tokens"
+    assert over["decode_tokens_per_second"] is None
+    full = fit(capsys, machine, "--memory", "16", "--reserve", "14", *arguments)["models"][0]
+    assert full["why_not"] == "more than the 2.0 GB that are left"
+
+
+def test_objectives_choose_among_devices(capsys: Capture, tmp_path: Path) -> None:
+    frugal = device("npu", config="NPU@f16", bandwidth_gbps=50, active_w=2, precision="f16")
+    both = write(tmp_path, [device("cpu"), frugal], memory_bytes=32 * 10**9)
+    one = ("--model", "llama 3.2 1b", "--weights", "int4")
+    assert fit(capsys, both, *one)["models"][0]["config"] == "NPU@f16"
+    assert fit(capsys, both, *one, "--objective", "latency")["models"][0]["config"] == "CPU@f32+dq"
+    # Static shapes hold the weights twice: 1.6 GB are enough for the CPU only.
+    assert fit(capsys, both, *one, "--memory", "5.6")["models"][0]["config"] == "CPU@f32+dq"
+
+
+def test_joules_that_are_not_known(capsys: Capture, tmp_path: Path) -> None:
+    unknown = write(tmp_path, [device("cpu", active_w=None)])
+    arguments = ("--memory", "16", "--model", "qwen3 0.6b", "--price-kwh", "0.3", "--api-price", "1")
+    row = fit(capsys, unknown, *arguments)["models"][0]
+    assert row["decode_tokens_per_second"] > 0
+    assert (row["joules_per_token"], row["price_per_million"], row["api_ratio"]) == (None, None, None)
+    assert main(["fit", "--profile", str(unknown), *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "?" in text
+    assert "joules not known" in text
+
+
+def test_table(capsys: Capture, machine: Path) -> None:
+    assert main(["fit", "--profile", str(machine), "--memory", "16", "--price-kwh", "0.3", "--api-price", "1"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.index("Qwen3") < text.index("does not fit") < text.index("Llama 4 Scout 109B-A17B, int4")
+    for words in (
+        "Times are modelled, joules modelled, by the profile of Testbox. assumed", "CPU@f32+dq (modelled): made up",
+        "4 GB are assumed to go elsewhere", "experts stay at INT8", "shapes by quotation", "12.0 GB are left",
+    ):  # fmt: skip
+        assert words in text
+    assert main(["fit", "--profile", str(machine), "--memory", "400", "--model", "qwen3 8b"]) == 0
+    text = capsys.readouterr().out
+    assert "does not fit" not in text
+    assert "price" not in text
+
+
+def test_profiles_that_come_with_edgert(capsys: Capture) -> None:
+    assert main(["fit", "--profile", "lunarlake", "--memory", "16", "--json"]) == 0
+    models = json.loads(capsys.readouterr().out)["models"]
+    speeds = {r["model"]: r["decode_tokens_per_second"] for r in models if r["weights"] == "int4"}
+    assert speeds["Qwen3 0.6B"] > speeds["Qwen3 8B"] > 1
+    assert speeds["Qwen3 32B"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "0"], "--memory is 0, expected 0.1"),
+        (["--memory", "nan"], "--memory is nan"),
+        (["--memory", "16", "--reserve", "-1"], "--reserve is -1"),
+        (["--memory", "16", "--context", "0"], "--context is 0"),
+        (["--memory", "16", "--context", "512"], "are 1280 tokens together, --context has room for 512"),
+        (["--memory", "16", "--new", "1"], "--new is 1, expected 2"),
+        (["--memory", "16", "--prompt", "-3"], "--prompt is -3"),
+        (["--memory", "16", "--price-kwh", "-0.1"], "--price-kwh is -0.1"),
+        (["--memory", "16", "--api-price", "inf"], "--api-price is inf"),
+        (["--memory", "16", "--model", "no such"], "'no such' is not in the catalogue"),
+        ([], "does not say how much memory there is; give --memory GB"),
+    ],
+)
+def test_arguments(arguments: list[str], message: str, capsys: Capture, machine: Path) -> None:
+    assert main(["fit", "--profile", str(machine), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_profile_that_is_not_there(capsys: Capture) -> None:
+    assert main(["fit", "--profile", "nowhere"]) == 2
+    assert "profile 'nowhere' is neither a file nor one of" in capsys.readouterr().err
