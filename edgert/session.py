@@ -13,23 +13,27 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgert.backends import info_of
 from edgert.bundle import Bundle
-from edgert.device import DeviceConfig, DeviceKind
+from edgert.choice import as_config, choose_plan
+from edgert.device import DeviceConfig
 from edgert.engine import Engine
 from edgert.errors import ContextOverflowError, EmptyPromptError, UsageError
 from edgert.executor import DEVICE_TIMEOUT_S
 from edgert.kvcache import KvCache
-from edgert.placement import Placement, Plan
+from edgert.placement import Plan
 from edgert.results import Clock, FinishReason, Piece, Provenance, Result, collect
 from edgert.sampling import Sampler, SamplingParams
 from edgert.shapes import StaticShapes
 from edgert.text import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from edgert.scheduler import Objective
 
 DEFAULT_MAX_TOKENS = 256
 MAX_TIMEOUT_S = 86400
@@ -310,6 +314,7 @@ def load(
     plan: Plan | str | os.PathLike[str] | None = None,
     device: str | DeviceConfig | None = None,
     place: str | None = None,
+    objective: Objective | None = None,
     prefill_chunk: int = 512,
     max_idle: int = 4,
     fallback: str | DeviceConfig | None = "CPU",
@@ -325,6 +330,8 @@ def load(
         device: everything on this device configuration, e.g. `CPU@f32`; `CPU` (or `ORT` for an ONNX bundle) is the
             default.
         place: an explicit placement, e.g. `attention=CPU@bf16,ffn=CPU@f32`; see `Plan.explicit`.
+        objective: `tokens_per_joule`, `latency` or `throughput`: the best plan for it by what `edgert profile` measured
+            on this machine.
         prefill_chunk: tokens of a prompt that are prefilled in one go, at least 1.
         max_idle: sequences that keep their KV cache when nobody runs them; see also `Model.release`.
         fallback: the configuration that takes over when a GPU or NPU fails, hangs or gives NaN while text is generated;
@@ -335,19 +342,20 @@ def load(
         verify: compare every file with its hash first.
 
     Raises:
-        BundleError, PlanError, DeviceError: the bundle, plan or device cannot be used.
-        UsageError: more than one of `plan`, `device` and `place`, or a number below its limit.
+        BundleError, PlanError, DeviceError: the bundle, plan or device cannot be used; or, for an objective, this
+            machine has no profile, or one that is stale or lacks what the objective needs.
+        UsageError: more than one of `plan`, `device`, `place` and `objective`, or a number below its limit.
     """
     for name, value, least in (("prefill_chunk", prefill_chunk, 1), ("max_idle", max_idle, 0)):
         if not isinstance(value, int) or value < least:
             raise UsageError(f"{name} is {value!r}, expected a whole number from {least}")
     bundle = Bundle.open(Path(path), verify=verify)
-    chosen = choose_plan(bundle, plan=plan, device=device, place=place)
+    chosen = choose_plan(bundle, plan=plan, device=device, place=place, objective=objective, shapes=static_shapes)
     if not isinstance(device_timeout_s, (int, float)) or not 0 < device_timeout_s <= MAX_TIMEOUT_S:
         raise UsageError(
             f"device_timeout_s is {device_timeout_s!r}, expected a number above 0, at most {MAX_TIMEOUT_S}"
         )
-    takes_over = _config(fallback)
+    takes_over = as_config(fallback)
     if takes_over is not None and bundle.facts.format == "openvino":
         info_of(takes_over)  # now, and not when a device has failed
     engine = Engine(
@@ -360,34 +368,6 @@ def load(
         timeout_s=device_timeout_s,
     )
     return Model(bundle, engine, prefill_chunk=prefill_chunk)
-
-
-def choose_plan(
-    bundle: Bundle,
-    *,
-    plan: Plan | str | os.PathLike[str] | None = None,
-    device: str | DeviceConfig | None = None,
-    place: str | None = None,
-) -> Plan:
-    """The plan that `load` would use for these arguments."""
-    if sum(option is not None for option in (plan, device, place)) > 1:
-        raise UsageError("plan, device and place exclude each other; give one of them")
-    if isinstance(plan, Plan):
-        return plan
-    if plan is not None:
-        return Plan.read(Path(plan))
-    graph = bundle.graph
-    if place is not None:
-        if graph is None:
-            raise UsageError(f"place: bundle {bundle.path} runs whole, it has no blocks to place")
-        return Plan.explicit(graph, place)
-    default = DeviceKind.ORT if bundle.facts.format == "onnx" else DeviceKind.CPU
-    config = _config(device) or DeviceConfig.parse(str(default))
-    return Plan.single(graph, config) if graph else Plan((Placement(0, 0, config),), f"single device {config}")
-
-
-def _config(device: str | DeviceConfig | None) -> DeviceConfig | None:
-    return DeviceConfig.parse(device) if isinstance(device, str) else device
 
 
 async def _in_thread(work: Callable[[threading.Event], T]) -> T:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgert.cli.options import Subparsers, add_placement, console, print_json
+from edgert.cli.options import Subparsers, add_objective, add_placement, console, print_json
 from edgert.energy import Energy, Idle, Meters, find_meters, merge, total, why_unavailable
 from edgert.errors import ContextOverflowError, UsageError
 from edgert.results import Timings
@@ -39,7 +39,7 @@ Times are those inside the devices, but for the first token's, which is from the
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("bench", help="measure speed and energy of a model", epilog=EPILOG)
     parser.add_argument("bundle", metavar="BUNDLE")
-    add_placement(parser)
+    add_objective(add_placement(parser))
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="random tokens (default: 128)")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="to generate (default: 64)")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="runs after the warm-up (default: 5)")
@@ -81,7 +81,14 @@ def run(options: argparse.Namespace) -> int:
     with _progress() as say:
         say("loading")
         # No fallback: a run that another device finished would measure neither.
-        model = load(options.bundle, plan=options.plan, device=options.device, place=options.place, fallback=None)
+        model = load(
+            options.bundle,
+            plan=options.plan,
+            device=options.device,
+            place=options.place,
+            objective=options.objective,
+            fallback=None,
+        )
         for warning in model.plan.warnings:
             print(f"edgert: warning: {warning}", file=sys.stderr)
         used = {config.unit for config in model.plan.configs}

@@ -12,10 +12,12 @@ from edgert.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-Subparsers = Any  # argparse does not make the type of its subparsers public
+# argparse does not make these types public
+Subparsers = Any
+Group = Any
 
 
-def add_placement(parser: argparse.ArgumentParser) -> None:
+def add_placement(parser: argparse.ArgumentParser) -> Group:
     """`--device`, `--place` and `--plan`, which exclude each other."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--device", metavar="DEVICE@VARIANT", help="run everything there, e.g. CPU@bf16, GPU, NPU")
@@ -26,6 +28,16 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
         "prefill: or decode: before a rule limits it to that phase",
     )
     group.add_argument("--plan", metavar="FILE", help="a plan written by `edgert plan --save`")
+    return group
+
+
+def add_objective(group: Group) -> None:
+    """`--objective`, for verbs that run a plan."""
+    group.add_argument(
+        "--objective",
+        choices=("tokens_per_joule", "latency", "throughput"),
+        help="the best plan for it by what `edgert profile` measured here",
+    )
 
 
 def watts(given: Sequence[str]) -> dict[str, float]:

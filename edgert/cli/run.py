@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from edgert.cli.options import Subparsers, add_placement, console, print_json
+from edgert.cli.options import Subparsers, add_objective, add_placement, console, print_json
 from edgert.errors import EmptyPromptError, UsageError
 from edgert.results import Piece
 from edgert.session import Model, Sampling, load
@@ -29,7 +29,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("prompt", nargs="?", help="the text to continue (default: a conversation, or standard input)")
     parser.add_argument("--chat", action="store_true", help="treat the prompt as a user's message")
     parser.add_argument("--system", help="a system message for the conversation")
-    add_placement(parser)
+    add_objective(add_placement(parser))
     group = parser.add_argument_group("sampling")
     group.add_argument("--max-tokens", type=int, help="default: 256 or what is left of the context")
     group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -50,7 +50,14 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--json: a conversation is no JSON object; give a prompt")
     if prompt is not None and options.system is not None and not options.chat:
         raise UsageError("--system: a prompt that is continued has no system message; add --chat")
-    model = load(options.bundle, plan=options.plan, device=options.device, place=options.place, verify=options.verify)
+    model = load(
+        options.bundle,
+        plan=options.plan,
+        device=options.device,
+        place=options.place,
+        objective=options.objective,
+        verify=options.verify,
+    )
     for warning in model.plan.warnings:
         print(f"edgert: warning: {warning}", file=sys.stderr)
     sampling: Sampling = {

@@ -1,0 +1,66 @@
+"""`objective=` loads the best plan by this machine's own profile, or says why it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import edgert
+from edgert.cli import main
+from edgert.conditions import conditions, path_of
+from edgert.errors import DeviceError, PlanError, UsageError
+from edgert.profile import DeviceModel, Profile
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Writes this machine's profile: `CPU@f32` draws little and is slow, `CPU@f32+dq` the other way round."""
+    monkeypatch.setenv("EDGERT_CACHE", str(tmp_path))
+
+    def write(*, watts: bool = True) -> None:
+        devices = tuple(
+            DeviceModel(
+                name, rate, 10 * rate, 20.0, 5.0, active if watts else None, 0.0, "f32", "measured", "made up",
+                config=config,
+            )
+            for name, config, rate, active in (("slow", "CPU@f32", 1.0, 1.0), ("fast", "CPU@f32+dq", 4.0, 40.0))
+        )  # fmt: skip
+        now = conditions()
+        Profile(2, "here", devices, base_w=1.0, conditions=now).write(path_of(now))
+
+    return write
+
+
+def test_the_best_plan_depends_on_the_objective(demo_path: Path, known: Callable[..., None]) -> None:
+    known()
+    fast = edgert.load(demo_path, objective="latency")
+    frugal = edgert.load(demo_path, objective="tokens_per_joule")
+    assert [str(config) for config in fast.plan.configs] == ["CPU@f32+dq"]
+    assert [str(config) for config in frugal.plan.configs] == ["CPU@f32"]
+    assert fast.generate("Once", max_tokens=4).timings.new_tokens == 4
+
+
+def test_the_command_line_takes_an_objective(
+    demo_path: Path, known: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    known()
+    assert main(["run", str(demo_path), "Once", "--max-tokens", "3", "--objective", "latency", "--json"]) == 0
+    assert '"new_tokens": 3' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", str(demo_path), "Once", "--objective", "latency", "--device", "CPU"])
+
+
+def test_what_is_missing_is_said(demo_path: Path, known: Callable[..., None], fake_bundle: Callable[..., Path]) -> None:
+    with pytest.raises(DeviceError, match="has no profile yet: run `edgert profile BUNDLE`"):
+        edgert.load(demo_path, objective="latency")
+    known(watts=False)
+    with pytest.raises(PlanError, match="active_w"):
+        edgert.load(demo_path, objective="tokens_per_joule")
+    with pytest.raises(UsageError, match="plan, device, place and objective exclude each other"):
+        edgert.load(demo_path, objective="latency", device="CPU")
+    with pytest.raises(UsageError, match="objective is 'speed'"):
+        edgert.load(demo_path, objective="speed")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="runs whole: it has no blocks to place"):
+        edgert.load(fake_bundle(), objective="latency")
