@@ -304,7 +304,8 @@ class Costs:
         if self._table(index, config, padded) is not None:
             return Entry(str(config), block.signature, self._measured[str(config), block.signature][0].provenance)
         # Rates that were fitted to other blocks on this machine are an estimate for this one.
-        provenance = self.model(config).provenance
+        model = self.model(config)
+        provenance = max(map(model.provenance_of, ("bandwidth_gbps", "compute_gops")), key=PROVENANCES.index)
         return Entry(str(config), "rates", "estimated" if provenance == "measured" else provenance)
 
     def error(self, index: int, config: DeviceConfig) -> float | None:

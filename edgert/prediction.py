@@ -157,13 +157,15 @@ def predict(costs: Costs, plan: Plan, load: Workload) -> Prediction:
         energies.append(profile.base_provenance)
 
     sizes = {"prefill": [tokens for tokens, _ in load.calls], "decode": [1]}
-    entries = dict.fromkeys(
-        costs.entry(i, p.config, tokens)
+    signatures = [block.signature for block in graph.blocks]
+    distinct = {  # equal blocks rest on the same
+        (signatures[i], p.config, tokens): i
         for placements, counts in ((prefill, sizes["prefill"]), (decode, sizes["decode"]))
         for p in placements
-        for i in range(p.first, p.last + 1)
         for tokens in dict.fromkeys(counts)
-    )
+        for i in range(p.first, p.last + 1)
+    }
+    entries = dict.fromkeys(costs.entry(i, config, tokens) for (_, config, tokens), i in distinct.items())
     return Prediction(
         load=load,
         prefill_us=prefill_us,
