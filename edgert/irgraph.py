@@ -34,6 +34,22 @@ class Node:
         return (source for port, (source, _) in enumerate(self.inputs) if (self.type, port) not in _SHAPE_ONLY)
 
 
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of activations with a weight.
+
+    Attributes:
+        node: the product.
+        weight: the constant, compressed or not, that its weight is made of.
+        stacked: whether it enters as more than one matrix, like a stack of experts. A constant with more than two
+            dimensions need not: compressed groups are joined to a matrix first.
+    """
+
+    node: Node
+    weight: Node
+    stacked: bool
+
+
 class IrGraph:
     """Index of a model's operations by friendly name, in topological order.
 
@@ -94,21 +110,22 @@ class IrGraph:
             data_port = _WEIGHT_CHAIN[source.type]
             if data_port is None:  # scale times weight: follow the larger side
                 sides = [self[name] for name, _ in source.inputs]
-                if not any(side.name in self.constant_only for side in sides):
+                if not all(side.name in self.constant_only for side in sides):  # a norm: activations times a weight
                     return None
                 source = max(sides, key=lambda side: _elements(side.op.output(0).get_partial_shape()))
             else:
                 source = self[source.inputs[data_port][0]]
         return source if source.type == "Constant" else None
 
-    def weight_matmul(self, node: Node) -> Node | None:
-        """The weight of a matrix product of activations with a weight; None for any other operation."""
+    def product(self, node: Node) -> Product | None:
+        """The matrix product of activations with a weight that `node` is; None for any other operation."""
         if node.type not in {"MatMul", "Convolution"}:
             return None
         for port in (1, 0):
             weight = self.weight_behind(node, port)
             if weight is not None and _elements(weight.op.output(0).get_partial_shape()) > 1:
-                return weight
+                shape = node.op.get_input_partial_shape(port)
+                return Product(node, weight, stacked=shape.rank.is_dynamic or len(shape) > 2)
         return None
 
     def tensor(self, name: str) -> ov.Output:

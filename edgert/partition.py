@@ -7,12 +7,13 @@ products with weights, a router, a state. `edgert.cutting` makes submodels of th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import openvino as ov
 
 from edgert.graph import Block, BlockGraph, BlockKind, Edge
-from edgert.irgraph import IrGraph, Node
+from edgert.irgraph import IrGraph, Node, Product
 from edgert.residual import ResidualStream, Uncuttable, crossings
 
 
@@ -55,7 +56,7 @@ def whole(model: ov.Model, reason: str) -> BlockGraph:
 class _Content:
     """What lies in a range of segments."""
 
-    products: list[tuple[Node, Node]]  # matrix product and its weight
+    products: list[Product]
     attention: list[Node]  # SDPA, or products of activations with activations
     routers: list[Node]
     states: tuple[str, ...]
@@ -67,9 +68,9 @@ def _content(stream: ResidualStream, first: int, last: int, owners: dict[str, in
     nodes = [n for n in stream.main if first <= stream.segment[n.name] <= last]
     products, attention = [], []
     for node in nodes:
-        weight = graph.weight_matmul(node)
-        if weight is not None:
-            products.append((node, weight))
+        product = graph.product(node)
+        if product is not None:
+            products.append(product)
         elif node.type == "ScaledDotProductAttention" or (
             node.type == "MatMul" and all(source in stream.live for source, _ in node.inputs)
         ):
@@ -117,15 +118,6 @@ def _describe(stream: ResidualStream, first: int, last: int, index: int, count: 
     for node in stream.side(range(first, last + 1)).values():
         if node.type == "Constant" and _only_weight(stream, node, range(first, last + 1)):
             _count(weights, node)
-    active = _experts_per_token(content)
-    flops = 0
-    for _, weight in content.products:
-        shape = [int(d) for d in weight.op.get_output_shape(0)]
-        elements = math.prod(shape)
-        # A rank-3 weight is a stack of experts, or, when compressed, groups of a matrix: the router tells them apart.
-        if content.routers and len(shape) >= 3 and shape[0] >= active:
-            elements = elements // shape[0] * active
-        flops += 2 * elements
     state_shapes = [(_state_shape(graph, v), _state_bytes(graph, v)) for v in content.states]
     return Block(
         index=index,
@@ -135,37 +127,42 @@ def _describe(stream: ResidualStream, first: int, last: int, index: int, count: 
         output=stream.tensor(last),
         states=content.states,
         weight_bytes=weights,
-        flops_per_token=flops,
+        flops_per_token=_flops(content.products, content.routers),
         kv_bytes_per_token=sum(size * _static_elements(shape) for shape, size in state_shapes if _grows(shape)),
         recurrent_bytes=sum(size * _static_elements(shape) for shape, size in state_shapes if not _grows(shape)),
-        score_flops=sum(_score_flops(node) for node in content.attention),
+        score_flops=sum(_score_flops(graph, node) for node in content.attention),
     )
 
 
-def _score_flops(node: Node) -> int:
+def _flops(products: Iterable[Product], routers: Iterable[Node]) -> int:
+    """Operations of products with weights for one token; of a stack of experts those of the experts it uses."""
+    used = {}  # by the number of experts that there are to choose from
+    for router in routers:
+        axis = router.op.get_attributes()["axis"]
+        experts = _size(router.op.get_input_partial_shape(0), axis)
+        used[experts] = _size(router.op.get_output_partial_shape(0), axis) or experts
+    total = 0
+    for product in products:
+        shape = [int(d) for d in product.weight.op.get_output_shape(0)]
+        if product.stacked:
+            shape[0] = used.get(shape[0], shape[0])
+        total += 2 * math.prod(shape)
+    return total
+
+
+def _score_flops(graph: IrGraph, node: Node) -> int:
     """Operations of an attention for one query token and one key token; 0 where its shapes do not tell.
 
     Decomposed attention is two products of activations, with the number of key tokens once in the result and once in
-    what is summed over.
+    what is summed over. A Reshape may have joined heads and batch before it.
     """
-    heads, width = 1, 0
-    ports = range(node.op.get_input_size()) if node.type == "ScaledDotProductAttention" else range(2)
-    shapes = [node.op.get_input_partial_shape(port) for port in ports]
-    query = shapes[0]
-    if query.rank.is_dynamic or len(query) != 4:
-        return 0
-    heads_dim = query[1]
-    if node.type == "ScaledDotProductAttention":
-        dims = [heads_dim, query[3], shapes[2][3]]
-        if any(d.is_dynamic for d in dims):
-            return 0
-        heads, width = dims[0].get_length(), dims[1].get_length() + dims[2].get_length()
-        return 2 * heads * width
-    output = node.op.get_output_partial_shape(0)
-    static = [d for d in (query[3], output[3]) if d.is_static]
-    if heads_dim.is_dynamic or len(static) != 1:
-        return 0
-    return 2 * int(heads_dim.get_length()) * int(static[0].get_length())
+    query, output = node.op.get_input_partial_shape(0), node.op.get_output_partial_shape(0)
+    source = graph[node.inputs[0][0]]
+    by_head = source.op.get_input_partial_shape(0) if source.type == "Reshape" and query.rank == 3 else query
+    heads = _size(by_head, 1) if by_head.rank == 4 else 0
+    widths = [width for width in (_size(query, -1), _size(output, -1)) if width]
+    known = len(widths) == (2 if node.type == "ScaledDotProductAttention" else 1)
+    return 2 * heads * sum(widths) if known else 0
 
 
 def _kind(stream: ResidualStream, content: _Content, index: int, count: int) -> BlockKind:
@@ -190,7 +187,7 @@ def _has_parallel_ffn(stream: ResidualStream, content: _Content) -> bool:
     cores = [n.name for n in content.attention]
     after = stream.graph.reached_from(set(cores))
     before = set().union(*(stream.graph.leading_to(name) for name in cores))
-    beside = [node for node, _ in content.products if node.name not in after and node.name not in before]
+    beside = [p for p in content.products if p.node.name not in after and p.node.name not in before]
     return len(beside) >= 2
 
 
@@ -208,20 +205,13 @@ def _only_weight(stream: ResidualStream, constant: Node, segments: range) -> boo
     return False
 
 
-def _experts_per_token(content: _Content) -> int:
-    if not content.routers:
-        return 1
-    k = content.routers[-1].op.input_value(1).get_node()
-    return int(k.get_data().item()) if k.get_type_name() == "Constant" else 1
-
-
 def _whole(graph: IrGraph) -> Block:
     weights: dict[str, int] = {}
     for node in graph.of_type("Constant"):
         _count(weights, node)
     states = tuple(sorted((graph.variable_id(n) for n in graph.of_type("ReadValue")), key=_natural))
     shapes = [(_state_shape(graph, v), _state_bytes(graph, v)) for v in states]
-    products = [w for n in graph.nodes.values() if (w := graph.weight_matmul(n)) is not None]
+    products = [p for node in graph.nodes.values() if (p := graph.product(node)) is not None]
     result = graph.model.get_results()[0].input_value(0)
     return Block(
         index=0,
@@ -231,7 +221,7 @@ def _whole(graph: IrGraph) -> Block:
         output=f"{result.get_node().get_friendly_name()}:{result.get_index()}",
         states=states,
         weight_bytes=weights,
-        flops_per_token=sum(2 * math.prod(int(d) for d in w.op.get_output_shape(0)) for w in products),
+        flops_per_token=_flops(products, graph.of_type("TopK")),
         kv_bytes_per_token=sum(size * _static_elements(shape) for shape, size in shapes if _grows(shape)),
         recurrent_bytes=sum(size * _static_elements(shape) for shape, size in shapes if not _grows(shape)),
     )
@@ -265,9 +255,13 @@ def _static_elements(shape: ov.PartialShape) -> int:
 
 
 def _width(node: Node) -> int:
-    shape = node.op.output(0).get_partial_shape()
-    last = shape[len(shape) - 1]
-    return last.get_length() if last.is_static else 0
+    return _size(node.op.get_output_partial_shape(0), -1)
+
+
+def _size(shape: ov.PartialShape, axis: int) -> int:
+    """A dimension, 0 where it is unknown."""
+    known = shape.rank.is_static and shape[axis].is_static
+    return int(shape[axis].get_length()) if known else 0
 
 
 def _natural(text: str) -> tuple[object, ...]:

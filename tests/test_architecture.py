@@ -78,10 +78,8 @@ def test_shapes_are_those_of_compiled_models(family: str, weights: Any, tmp_path
         assert {k: v for k, v in found.weight_bytes.items() if k in {"u4", "u8", "f16"}} == {
             k: v for k, v in expected.weight_bytes.items() if k in {"u4", "u8", "f16"}
         }
-        if found.kind is not BlockKind.MOE:
-            assert found.flops_per_token == expected.flops_per_token
-        if expected.score_flops:
-            assert found.score_flops == expected.score_flops
+        assert found.flops_per_token == expected.flops_per_token
+        assert found.score_flops == expected.score_flops
     assert [e.bytes_per_token for e in shape.graph.edges] == [e.bytes_per_token for e in compiled.edges]
     assert any("experts" in note for note in shape.notes) == (family in MOE_FAMILIES and weights == "int4")
 

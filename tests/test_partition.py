@@ -8,16 +8,18 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
-from tiny_models import FAMILIES, exported, tiny
+from edgert.converters.compress import compress
+from tiny_models import DECODERS, FAMILIES, exported, tiny
 
 from edgert import bundle as bundles
+from edgert.architecture import from_config
 from edgert.bundle import Bundle
 from edgert.cutting import cut
 from edgert.device import DeviceConfig
 from edgert.errors import PlanError
 from edgert.executor import Executor
 from edgert.graph import BlockGraph, BlockKind
-from edgert.partition import annotate
+from edgert.partition import annotate, whole
 from edgert.placement import Plan
 from edgert.session import Model
 
@@ -29,6 +31,13 @@ KINDS = {
     "gpt_oss": "attention moe attention moe",
     "qwen3_moe": "attention moe attention moe",
     "deepseek_v3": "attention ffn attention moe",
+}
+# Operations for one token of a mixture of experts: a router of 4 by 64; two experts with two gated products in and one
+# out, 64 by 64 or 64 by 128 each; in deepseek_v3 a third that every token uses.
+MOE_FLOPS = {
+    "gpt_oss": 2 * (4 * 64 + 2 * 3 * 64 * 128),
+    "qwen3_moe": 2 * (4 * 64 + 2 * 3 * 64 * 64),
+    "deepseek_v3": 2 * (4 * 64 + 3 * 3 * 64 * 64),
 }
 PROMPT, CHUNK, TOTAL = 12, 3, 20
 
@@ -88,6 +97,33 @@ def test_blocks(case: Case) -> None:
     ]
     assert all(b.flops_per_token > 0 for b in graph.blocks[1:])
     assert BlockGraph.from_json(graph.to_json()) == graph
+
+
+@pytest.mark.parametrize("weights", ["source", "int4"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_operations_are_those_of_the_configuration(family: str, weights: str) -> None:
+    source, model = exported(family)
+    graph = annotate(model if weights == "source" else compress(model, "int4"))
+    expected = from_config(source.config.to_dict()).graph
+    assert [(b.kind, b.flops_per_token, b.score_flops) for b in graph.blocks] == [
+        (b.kind, b.flops_per_token, b.score_flops) for b in expected.blocks
+    ]
+    assert all(b.score_flops > 0 for b in graph.blocks if b.states)
+    experts = {b.flops_per_token for b in graph.blocks if b.kind is BlockKind.MOE}
+    assert experts == ({MOE_FLOPS[family]} if family in MOE_FLOPS else set())
+
+
+def test_experts_without_a_gather() -> None:
+    """All experts are computed, two of four are used. The router's weight has as many groups as there are experts."""
+    import openvino.opset13 as ops
+
+    data = ops.parameter([-1, 64], ov.Type.f32, "hidden")
+    groups = ops.constant(np.ones((4, 1, 64), np.float32))
+    scores = ops.matmul(data, ops.reshape(groups, [4, 64], False), False, True)
+    chosen = ops.topk(scores, ops.constant(2), -1, "max", "value")
+    experts = ops.matmul(ops.unsqueeze(data, [0]), ops.constant(np.ones((4, 64, 32), np.float32)), False, False)
+    model = ov.Model([ops.result(chosen.output(1)), ops.result(experts)], [data], "experts")
+    assert whole(model, "a test").blocks[0].flops_per_token == 2 * (4 * 64 + 2 * 64 * 32)
 
 
 def test_weights_are_all_accounted_for(case: Case) -> None:
