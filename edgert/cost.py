@@ -80,7 +80,7 @@ class Work:
         """Pairs of a query and a key that it sees, in a call of `tokens` after `past` others."""
         if self.window is None:
             return tokens * past + tokens * (tokens + 1) / 2
-        growing = np.clip(self.window - past, 0, tokens)  # so many queries see all that is there
+        growing: Floats = np.clip(self.window - past, 0, tokens)  # so many queries see all that is there
         return growing * past + growing * (growing + 1) / 2 + (tokens - growing) * self.window
 
     def state_bytes(self, tokens: int) -> int:
@@ -116,7 +116,7 @@ def block_us(device: DeviceModel, work: Work, tokens: int, past: Floats, rows: i
         width * work.kv_bytes_per_token * seen / ((device.kv_gbps or device.bandwidth_gbps) * 1e3),
         work.score_flops * work.attended(tokens, past) / ((device.score_gops or device.compute_gops) * 1e3),
     )
-    return max(reading, computing) + attending  # type: ignore[no-any-return]
+    return max(reading, computing) + attending
 
 
 def call_us(
@@ -267,7 +267,7 @@ class Costs:
             return block_us(self.model(config), self.works[index], tokens, past)
         launch_us = self.model(config).launch_us
         alone = table.at(tokens, past)
-        return np.maximum(alone - launch_us, 0.02 * alone) * self._in_place(config, tokens, past)  # type: ignore[no-any-return]
+        return np.maximum(alone - launch_us, 0.02 * alone) * self._in_place(config, tokens, past)
 
     def block_uj(self, index: int, config: DeviceConfig, tokens: int, past: Floats) -> Floats | None:
         """Microjoules of a block above the machine's base; None where the device's watts are not known."""
@@ -337,7 +337,7 @@ class Costs:
         for table, count in self._counts(config).items():
             each = table.at(tokens, past)
             alone = alone + count * np.maximum(each - launch_us, 0.02 * each)
-        return np.maximum(whole.at(tokens, past) - launch_us, 0.02 * alone) / alone  # type: ignore[no-any-return]
+        return np.maximum(whole.at(tokens, past) - launch_us, 0.02 * alone) / alone
 
     def _counts(self, config: DeviceConfig) -> dict[Table, int]:
         counts: dict[Table, int] = {}

@@ -51,7 +51,7 @@ def _define(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
     if cls.__name__ not in definitions:
         definitions[cls.__name__] = {}  # one that contains itself ends here
         hints = get_type_hints(cls)
-        declared = fields(cls)  # type: ignore[arg-type]
+        declared = fields(cls)
         needed = [f.name for f in declared if f.default is MISSING and f.default_factory is MISSING]
         definitions[cls.__name__] = {
             "type": "object",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from edgert.device import DeviceConfig
 from edgert.graph import BlockGraph
@@ -98,7 +98,7 @@ def summary(config: DeviceConfig, raw: Raw, graph: BlockGraph, declared_w: Mappi
     rows = [measurement(key, values, 0.0) for key, values in raw.blocks.items()]
     rows += [measurement(key, values, (raw.calls - 1) * launch) for key, values in raw.whole.items()]
     net = {key: max(us - launch, SMALLEST_US) for key, us in blocks.items()} or whole
-    precision = "f16" if config.half else "f32"
+    precision: Literal["f32", "f16"] = "f16" if config.half else "f32"
     rates = fit(net, graph, 0.5 if config.half else 1.0)
     moved, spent_us = (sum(values) for values in zip(*raw.moves, strict=True)) if raw.moves else (0.0, 0.0)
     # Nothing was moved: a device without a cache of its own is as good as memory.

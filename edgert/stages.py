@@ -94,8 +94,8 @@ def build(
         for p, submodel in zip(placements, submodels, strict=True):
             key = _key(p, submodel)
             if key not in made:
-                blocks = graph.blocks[p.first : p.last + 1]
-                compiled = _compile(backends[p.config], submodel, p, blocks, axes, shapes, timeout_s, library)
+                own = graph.blocks[p.first : p.last + 1]
+                compiled = _compile(backends[p.config], submodel, p, own, axes, shapes, timeout_s, library)
                 made[key] = Stage(p, compiled)
         chains.append(tuple(made[_key(p, submodel)] for p, submodel in zip(placements, submodels, strict=True)))
     for phase, chain in (("prefill", chains[0]), ("decode", chains[-1])):
