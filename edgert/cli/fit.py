@@ -13,13 +13,12 @@ from rich.table import Column, Table
 
 from edgert.architecture import PRECISIONS, ModelShape
 from edgert.catalogue import CatalogueModel, find
-from edgert.cli.options import Subparsers, console, print_json, size
+from edgert.cli.options import Subparsers, console, find_profile, print_json, size
 from edgert.cost import Costs, Workload
 from edgert.errors import PlanError, UsageError
 from edgert.placement import Plan
 from edgert.prediction import Prediction, memory_bytes, predict
 from edgert.profile import Profile
-from edgert.profile import find as find_profile
 from edgert.shapes import StaticShapes
 
 JOULES_PER_KWH = 3.6e6
@@ -39,7 +38,7 @@ a model: not whether it is good, and not whether `edgert compile` knows its fami
 
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("fit", help="which models a machine can run, how fast, for how much", epilog=EPILOG)
-    parser.add_argument("--profile", required=True, metavar="NAME", help="a profile that comes with edgert, or a file")
+    parser.add_argument("--profile", required=True, metavar="NAME", help="a profile that comes with edgert, a file, or `measured`")
     parser.add_argument("--memory", type=float, metavar="GB", help="of the machine (default: what its profile says)")
     parser.add_argument(
         "--reserve", type=float, default=RESERVE_GB, metavar="GB",

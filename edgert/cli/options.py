@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgert.errors import UsageError
+from edgert.profile import Profile, find
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,6 +39,15 @@ def add_objective(group: Group) -> None:
         choices=("tokens_per_joule", "latency", "throughput"),
         help="the best plan for it by what `edgert profile` measured here",
     )
+
+
+def find_profile(name: str) -> Profile:
+    """A profile by name, by file, or `measured` for this machine's own; raises `DeviceError`."""
+    if name == "measured":
+        from edgert.conditions import find_cached
+
+        return find_cached()
+    return find(name)
 
 
 def watts(given: Sequence[str]) -> dict[str, float]:

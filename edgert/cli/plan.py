@@ -19,7 +19,7 @@ from edgert.backends import require
 from edgert.bundle import Bundle
 from edgert.cli import report
 from edgert.cli.model import PlannedModel, find_model
-from edgert.cli.options import Subparsers, add_placement, console, print_json, size
+from edgert.cli.options import Subparsers, add_placement, console, find_profile, print_json, size
 from edgert.cli.picture import config_columns, plan_svg, rows
 from edgert.cli.report import FIGURES, Line, Study, figures
 from edgert.cost import Costs, Workload
@@ -28,7 +28,7 @@ from edgert.errors import BundleError, EdgertError, UsageError, cause
 from edgert.graph import BlockGraph
 from edgert.placement import Plan
 from edgert.prediction import predict
-from edgert.profile import Profile, find
+from edgert.profile import Profile
 from edgert.scheduler import OBJECTIVES, Constraints, schedule, sensitivity
 from edgert.shapes import MAX_BUCKET, MAX_CHUNK, StaticShapes
 
@@ -136,7 +136,7 @@ def _given(options: argparse.Namespace, graph: BlockGraph) -> Plan | None:
 
 def _scheduled(options: argparse.Namespace, model: PlannedModel, plan: Plan | None) -> int:
     """The best plan for a machine, or what a given one takes there, beside the baselines."""
-    profile, load, constraints = _profile(options.profile), _load(options, model), _constraints(options)
+    profile, load, constraints = find_profile(options.profile), _load(options, model), _constraints(options)
     shapes = StaticShapes((min(max(load.chunk, 2), MAX_CHUNK),)).within(model.context_length or MAX_BUCKET)
     costs = Costs(model.graph, profile, shapes)
     found = schedule(costs, options.objective, constraints, load)
@@ -154,14 +154,6 @@ def _scheduled(options: argparse.Namespace, model: PlannedModel, plan: Plan | No
     else:
         _print_study(options, model, study)
     return 0
-
-
-def _profile(name: str) -> Profile:
-    if name != "measured":
-        return find(name)
-    from edgert.conditions import find_cached
-
-    return find_cached()
 
 
 def _load(options: argparse.Namespace, model: PlannedModel) -> Workload:
