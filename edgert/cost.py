@@ -107,13 +107,12 @@ def block_us(device: DeviceModel, work: Work, tokens: int, past: Floats, rows: i
         past: tokens that are in the cache already; one number or an array of them.
         rows: rows of logits that are asked for.
     """
-    width = _width(device)
     rate = device.compute_gops * 1e3 * tokens / (tokens + device.half_rate_tokens)
     seen = past + tokens if work.window is None else np.minimum(past, work.window) + tokens
-    reading = (work.weights_read(tokens) + 2 * width * work.recurrent_bytes) / (device.bandwidth_gbps * 1e3)
+    reading = (work.weights_read(tokens) + 2 * device.width * work.recurrent_bytes) / (device.bandwidth_gbps * 1e3)
     computing = (work.flops_per_token * tokens + work.flops_per_row * rows) / rate
     attending = np.maximum(
-        width * work.kv_bytes_per_token * seen / ((device.kv_gbps or device.bandwidth_gbps) * 1e3),
+        device.kv_width * work.kv_bytes_per_token * seen / ((device.kv_gbps or device.bandwidth_gbps) * 1e3),
         work.score_flops * work.attended(tokens, past) / ((device.score_gops or device.compute_gops) * 1e3),
     )
     return max(reading, computing) + attending
@@ -123,17 +122,13 @@ def call_us(
     device: DeviceModel, works: Sequence[Work], tokens: int, past: int, rows: int = 1, *, boundary_bytes: int = 0
 ) -> float:
     """Microseconds of one call of a submodel; `boundary_bytes` at f32 come in and go out with every token."""
-    moving = _width(device) * boundary_bytes * tokens / (device.transfer_gbps * 1e3)
+    moving = device.width * boundary_bytes * tokens / (device.transfer_gbps * 1e3)
     return device.launch_us + sum(float(block_us(device, work, tokens, past, rows)) for work in works) + moving
 
 
 def handover_us(device: DeviceModel, f32_bytes: float) -> float:
     """Microseconds to read states from a device, or to write them to it; their size is given at f32."""
-    return _width(device) * f32_bytes / (device.transfer_gbps * 1e3)
-
-
-def _width(device: DeviceModel) -> float:
-    return 0.5 if device.precision == "f16" else 1.0
+    return device.width * f32_bytes / (device.transfer_gbps * 1e3)
 
 
 @dataclass(frozen=True)

@@ -237,6 +237,11 @@ class Plan:
                     f"ids; place it on {HOST}" + (f" ({graph.reason})" if graph.reason else "")
                 )
         static = next((config for config in self.configs if config.static), None)
+        recurrent = next((block.name for block in graph.blocks if block.recurrent_bytes), None)
+        if static is not None and recurrent is not None:
+            raise PlanError(
+                f"plan: static shapes ({static}) pad a prompt, which would change {recurrent}'s recurrent state"
+            )
         if static is not None and not _keeps_cache(graph):
             raise PlanError(f"plan: static shapes ({static}) are for decoders; this model keeps no keys and values")
 

@@ -187,9 +187,10 @@ def memory_bytes(costs: Costs, plan: Plan, context: int) -> dict[str, int]:
     for held in plan.weights(costs.graph):
         needed[held.config.device] = needed.get(held.config.device, 0) + held.bytes * held.count
     for p in dict.fromkeys(p for placements in plan.phases.values() for p in placements):
-        width = 0.5 if costs.model(p.config).precision == "f16" else 1.0
-        states = sum(costs.works[i].state_bytes(context) for i in range(p.first, p.last + 1))
-        needed[p.config.device] += int(width * states)
+        model = costs.model(p.config)
+        works = costs.works[p.first : p.last + 1]
+        growing, fixed = (sum(w.kv_bytes_per_token for w in works) * context, sum(w.recurrent_bytes for w in works))
+        needed[p.config.device] += int(model.kv_width * growing + model.width * fixed)
     return needed
 
 

@@ -38,11 +38,12 @@ class DeviceModel:
         transfer_gbps: 10^9 bytes a second at which tensors pass to and from it, keys and values that change hands too.
         active_w: watts above the machine's base while it computes; None where nobody knows.
         idle_w: the same while it waits.
-        precision: of keys, values and of what crosses a submodel's boundary.
+        precision: of what crosses a submodel's boundary, and of keys and values that change hands.
         provenance: of all these numbers, the worst of them.
         source: where they are from, and which are assumptions.
         config: the device configuration it stands for, e.g. `NPU@f16`; None for `sim:NAME` itself.
-        kv_gbps: like `bandwidth_gbps` for keys and values, of a cache in `precision`; None where it is the same.
+        kv_gbps: like `bandwidth_gbps` for keys and values; None where it is the same.
+        kv_bits: that an element of keys and values takes in the cache; None for those of `precision`.
         score_gops: like `compute_gops` for attention scores and their use; None where it is the same.
         half_rate_tokens: the number of tokens in a call with which half of `compute_gops` is reached; 0 where it is
             always reached.
@@ -64,13 +65,14 @@ class DeviceModel:
     kv_gbps: float | None = None
     score_gops: float | None = None
     half_rate_tokens: float = 0.0
+    kv_bits: float | None = None
     provenances: dict[str, Provenance] = field(default_factory=dict)
     ranges: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]{1,64}", self.name, re.ASCII) or self.name in {"f32", "f16"}:
             raise UsageError(f"device model: name is {self.name[:64]!r}, expected 1 to 64 of A-Z a-z 0-9 _ . -")
-        for name in ("bandwidth_gbps", "compute_gops", "transfer_gbps", "kv_gbps", "score_gops"):
+        for name in ("bandwidth_gbps", "compute_gops", "transfer_gbps", "kv_gbps", "score_gops", "kv_bits"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"device model {self.name}: {name} is {value}, expected a finite number above 0")
@@ -96,6 +98,16 @@ class DeviceModel:
     def device(self) -> DeviceConfig:
         """The configuration that plans name for it."""
         return DeviceConfig.parse(self.config) if self.config else DeviceConfig("SIM", self.name)
+
+    @property
+    def width(self) -> float:
+        """What crosses a boundary takes, as a share of f32."""
+        return 0.5 if self.precision == "f16" else 1.0
+
+    @property
+    def kv_width(self) -> float:
+        """What keys and values take in the cache, as a share of f32."""
+        return self.width if self.kv_bits is None else self.kv_bits / 32
 
     def provenance_of(self, name: str) -> Provenance:
         """Where one of its numbers comes from."""
@@ -292,7 +304,7 @@ class Profile:
 
 
 def _without_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
-    optional = {"config", "kv_gbps", "score_gops", "error", "shared_gbps", "memory_bytes"}
+    optional = {"config", "kv_gbps", "kv_bits", "score_gops", "error", "shared_gbps", "memory_bytes"}
     return {
         key: [_without_defaults(item) if isinstance(item, dict) else item for item in value]
         if isinstance(value, (list, tuple))

@@ -47,7 +47,7 @@ class Grid:
 
     Attributes:
         contexts: numbers of tokens in the cache at which decode is measured, ascending.
-        chunks: new tokens of a prefill call, ascending; each at the start of a prompt and behind one to three chunks.
+        chunks: new tokens of a prefill call, ascending; each at the start of a prompt and behind another one.
         passes: how often a prefill is measured in a round, at least 1; one more warms up.
         steps: decode calls at each context in a round, at least 1; two more warm up.
         rounds: how often devices take turns.
@@ -55,7 +55,7 @@ class Grid:
 
     contexts: tuple[int, ...] = (32, 512, 2048)
     chunks: tuple[int, ...] = (16, 64, 256, 512)
-    passes: int = 3
+    passes: int = 2
     steps: int = 12
     rounds: int = 2
 
@@ -239,7 +239,7 @@ class Profiler:
                     if number > 1 and self._late():
                         break
                     run.rewind(0)
-                    for past in range(0, min(4 * chunk, limit - chunk + 1), chunk):
+                    for past in range(0, min(2 * chunk, limit - chunk + 1), chunk):
                         call(chunk, past, keep=number > 0)
         run.rewind(0)
         for context in (c for c in grid.contexts if c + grid.steps + 2 <= limit):

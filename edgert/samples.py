@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from edgert.device import DeviceConfig
+from edgert.device import DeviceConfig, DeviceKind
 from edgert.graph import BlockGraph
 from edgert.profile import DeviceModel, Measurement, Provenance
 from edgert.rates import fit, launch_us
@@ -17,6 +17,9 @@ Key = tuple[str, int, int]
 SLOWED = 1.15  # a configuration that ends this much slower than it began
 UNSTEADY = 0.25  # half the range between the quartiles over the median
 SMALLEST_US = 1e-3
+# Configurations of the CPU whose cache OpenVINO keeps in u8, as a compiled model's KV_CACHE_PRECISION says, and the bits
+# of an element then: a scale and a zero point in f32 for a head's row of 128.
+U8_KV, U8_KV_BITS = {"f32+dq", "bf16"}, 8.5
 
 
 @dataclass
@@ -99,7 +102,8 @@ def summary(config: DeviceConfig, raw: Raw, graph: BlockGraph, declared_w: Mappi
     rows += [measurement(key, values, (raw.calls - 1) * launch) for key, values in raw.whole.items()]
     net = {key: max(us - launch, SMALLEST_US) for key, us in blocks.items()} or whole
     precision: Literal["f32", "f16"] = "f16" if config.half else "f32"
-    rates = fit(net, graph, 0.5 if config.half else 1.0)
+    kv_bits = U8_KV_BITS if config.kind is DeviceKind.CPU and config.variant in U8_KV else None
+    rates = fit(net, graph, kv_bits / 32 if kv_bits else 0.5 if config.half else 1.0)
     moved, spent_us = (sum(values) for values in zip(*raw.moves, strict=True)) if raw.moves else (0.0, 0.0)
     # Nothing was moved: a device without a cache of its own is as good as memory.
     transfer = moved / spent_us / 1e3 if moved and spent_us else rates.get("bandwidth_gbps", 1.0)
@@ -114,6 +118,7 @@ def summary(config: DeviceConfig, raw: Raw, graph: BlockGraph, declared_w: Mappi
         # At rest it is part of the base that was measured.
         idle_w=None if active is None else 0.0,
         precision=precision,
+        kv_bits=kv_bits,
         provenance=provenance,
         source="fitted to the measurements of this profile" + ("" if watts or active is None else "; watts declared"),
         provenances={} if watts or active is None else {"active_w": "estimated", "idle_w": "estimated"},

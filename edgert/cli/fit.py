@@ -38,7 +38,9 @@ a model: not whether it is good, and not whether `edgert compile` knows its fami
 
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("fit", help="which models a machine can run, how fast, for how much", epilog=EPILOG)
-    parser.add_argument("--profile", required=True, metavar="NAME", help="a profile that comes with edgert, a file, or `measured`")
+    parser.add_argument(
+        "--profile", required=True, metavar="NAME", help="a profile that comes with edgert, a file, or `measured`"
+    )
     parser.add_argument("--memory", type=float, metavar="GB", help="of the machine (default: what its profile says)")
     parser.add_argument(
         "--reserve", type=float, default=RESERVE_GB, metavar="GB",
