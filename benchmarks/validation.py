@@ -16,6 +16,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from charts import Point, scatter, write
 
 from edgert import catalogue
@@ -44,6 +45,7 @@ WIDTHS: dict[str, tuple[Weights, int]] = {
 # OpenVINO GenAI's NPU pipeline pads a prompt to 1024 tokens and keeps room for 128 more:
 # https://github.com/openvinotoolkit/openvino/blob/00d69bc522942112e7fa8293a860f9c55ec6cd0b/docs/articles_en/openvino-workflow-generative/inference-with-genai/inference-with-genai-on-npu.rst
 NPU_SHAPES = StaticShapes(chunks=(1024,), buckets=(1152,))
+U8_KV_BITS = 8.5  # of OpenVINO's CPU plugin, as in the profiles
 PHASES = ("decode", "prefill, long prompt", "prefill, about 32 tokens")
 CONFIGS = {"CPU": "CPU@f32+dq", "GPU": "GPU@f16", "NPU": "NPU@f16"}
 LAUNCH_US = {"CPU": 20.0, "GPU": 100.0, "NPU": 300.0}  # as the profiles assume
@@ -92,6 +94,11 @@ class Run:
         return self.unit == "NPU" and self.precision != "INT4-CW"
 
     @property
+    def kv_bits(self) -> float | None:
+        """Bits of an element in the cache, None for f16: u8 and its scales on OpenVINO's CPU; llama.cpp keeps f16."""
+        return None if self.unit != "CPU" else 16 if self.precision == "Q4" else U8_KV_BITS
+
+    @property
     def prompts(self) -> list[tuple[int, float]]:
         """Lengths of prompts and times to the first token, where both are known.
 
@@ -117,17 +124,20 @@ class Rates:
 
 @dataclass(frozen=True)
 class Check:
-    """A prediction beside what was published: `what` is `decode` or `prefill`."""
+    """A prediction beside what was published: `what` is `decode` or `prefill`.
+
+    `predicted_ms` is None, and `error` with it, where nothing that was fitted tells; that counts as missed.
+    """
 
     run: Run
     what: str
     prompt_tokens: int | None
     published_ms: float
-    predicted_ms: float
+    predicted_ms: float | None
 
     @property
-    def error(self) -> float:
-        return self.predicted_ms / self.published_ms - 1
+    def error(self) -> float | None:
+        return None if self.predicted_ms is None else self.predicted_ms / self.published_ms - 1
 
     @property
     def phase(self) -> str:
@@ -138,7 +148,8 @@ class Check:
 
     @property
     def missed(self) -> bool:
-        return abs(self.error) > LIMITS.get(self.run.unit, math.inf)
+        limit = LIMITS.get(self.run.unit)
+        return limit is not None and (self.error is None or abs(self.error) > limit)
 
 
 @cache
@@ -178,7 +189,7 @@ def times_ms(run: Run, prompt_tokens: int, rates: Rates) -> tuple[float, float]:
     # Where nothing was fitted the prompt's time is not asked for.
     model = DeviceModel(
         "fitted", rates.bandwidth_gbps, rates.compute_gops or 1e3, LAUNCH_US[run.unit], 20.0, None, None,
-        "f32" if run.unit == "CPU" else "f16", "published", "", CONFIGS[run.unit],
+        "f32" if run.unit == "CPU" else "f16", "published", "", CONFIGS[run.unit], kv_bits=run.kv_bits,
     )  # fmt: skip
     host = replace(model, name="host", config=CONFIGS["CPU"])  # looks embeddings up, which takes no time that counts
     profile = Profile(2, run.soc, (model,) if run.unit == "CPU" else (model, host))
@@ -194,8 +205,17 @@ def fit(runs: Sequence[Run]) -> Rates:
     The bandwidth follows from decode, the operations a second from each run's longest prompt.
     """
     bandwidth = statistics.median(value for run in runs for value in bandwidths_gbps(run))
-    gops = [_gops(bandwidth, run) for run in runs if run.prompts]
+    gops = computes_gops(runs, bandwidth)
     return Rates(bandwidth, statistics.median(gops) if gops else None)
+
+
+def computes_gops(runs: Iterable[Run], bandwidth_gbps: float) -> list[float]:
+    """The operations a second with which each run's longest prompt would be predicted."""
+    longest = [(run, *max(run.prompts)) for run in runs if run.prompts]
+    return [
+        _solve(lambda x, r=run, p=p: times_ms(r, p, Rates(bandwidth_gbps, x))[0], t)  # type: ignore[misc]
+        for run, p, t in longest
+    ]
 
 
 def bandwidths_gbps(run: Run) -> list[float]:
@@ -204,11 +224,6 @@ def bandwidths_gbps(run: Run) -> list[float]:
         _solve(lambda x, p=p: times_ms(run, p or SHORT_PROMPT, Rates(x, 1e5))[1], t)  # type: ignore[misc]
         for p, t in zip(run.prompt_tokens, run.tpot_ms, strict=True)
     ]
-
-
-def _gops(bandwidth_gbps: float, run: Run) -> float:
-    prompt_tokens, ttft_ms = max(run.prompts)
-    return _solve(lambda x: times_ms(run, prompt_tokens, Rates(bandwidth_gbps, x))[0], ttft_ms)
 
 
 def _solve(predicted_ms: Callable[[float], float], published_ms: float) -> float:
@@ -222,14 +237,27 @@ def _solve(predicted_ms: Callable[[float], float], published_ms: float) -> float
     return rate
 
 
+def spreads(runs: Sequence[Run]) -> tuple[list[float], list[float]]:
+    """The middle nine tenths of the rows' bandwidths, and of their operations a second (empty without any)."""
+    gops = computes_gops(runs, fit(runs).bandwidth_gbps)
+    gbps = [value for run in runs for value in bandwidths_gbps(run)]
+    return _middle(gbps), _middle(gops) if gops else []
+
+
+def _middle(values: Sequence[float]) -> list[float]:
+    low, high = np.percentile(values, [5, 95]).tolist()
+    return [low, high]
+
+
 def checks(runs: Iterable[Run], rates: Rates) -> list[Check]:
-    """Predictions for every time that was published."""
+    """Every time that was published, with its prediction where the rates allow one."""
     found = []
     for run in runs:
         for p, tpot in zip(run.prompt_tokens, run.tpot_ms, strict=True):
             found.append(Check(run, "decode", p, tpot, times_ms(run, p or SHORT_PROMPT, rates)[1]))
-        for p, ttft in run.prompts if rates.compute_gops else []:
-            found.append(Check(run, "prefill", p, ttft, times_ms(run, p, rates)[0]))
+        for p, ttft in run.prompts:
+            known = rates.compute_gops is not None
+            found.append(Check(run, "prefill", p, ttft, times_ms(run, p, rates)[0] if known else None))
     return found
 
 
@@ -240,7 +268,8 @@ def carried(runs: Sequence[Run]) -> dict[tuple[str, str, str], list[Check]]:
     for unit in LIMITS:
         socs = [soc for soc in PEAKS_GBPS if (soc, unit) in devices]
         for before, soc in pairwise(socs):
-            share = fit(devices[before, unit]).bandwidth_gbps / PEAKS_GBPS[before]
+            usual = [run for run in devices[before, unit] if not run.foreign]
+            share = fit(usual).bandwidth_gbps / PEAKS_GBPS[before]
             rates = Rates(share * PEAKS_GBPS[soc])
             found[unit, before, soc] = [c for c in checks(devices[soc, unit], rates) if c.what == "decode"]
     return found
@@ -292,11 +321,22 @@ most first (then by machine and model); the first, third, fifth … are fitted, 
 prompts of a row go the same way.
 
 Which runs: from OpenVINO's own tables those of a SoC's usual machine whose model has the blocks of a model in the
-catalogue; of several variants with one name the first (they are not told apart: INT4 may have some layers at INT8).
-From elsewhere, runs with OpenVINO (on a CPU with llama.cpp too) that name machine, model and precision and give the
-speed of decode apart from the prompt's. Left out: mixtures of experts, whose weights edgert keeps at INT8 where
-OpenVINO has INT4; runs that their author calls slowed down (by a dock's power supply); speeds of prompts whose length
-is not given.
+catalogue. From elsewhere, runs with OpenVINO (on a CPU with llama.cpp too) that name machine, model and precision and
+give the speed of decode apart from the prompt's. Left out: mixtures of experts, whose weights edgert keeps at INT8
+where OpenVINO has INT4; FP4; runs that their author calls slowed down (by a dock's power supply); speeds of prompts
+whose length is not given. Where that needed a decision:
+
+* **Variants.** OpenVINO's tables have up to three INT4 variants of one model with nothing to tell them apart (some
+  layers may be at INT8), sorted by speed. Taken is the middle one of each prompt length, of two the slower. On the 358H
+  the slowest takes up to 1.28 times as long as the fastest in decode, and 1.02 to 1.39 times with prompts of 1024.
+* **Stand-ins.** zephyr, mistral-7b-v0.1, llama-3-8b, qwen2-7b, qwen2-1.5b and Qwen2.5-Coder are reckoned as the model
+  of the catalogue with the same layers; vocabularies differ by up to 3 %, heads that are tied read the same bytes.
+* **Doubles.** Of models with the same blocks in the 358H's table one was taken. Left out are mistral-7b-v0.1 and v0.2,
+  llama-3-8b, qwen2-7b, qwen2.5-7b, qwen2.5-1.5b and the two reasoning ones of phi-4.
+* **An exception.** `ai-benchmarks-12` has a first run whose memory got too hot, as its author says; the later one is of
+  another model. It is kept, as there is little else of this class of machine.
+* **Not found** in what could be read of the sources, so not here: a 155H's CPU with Qwen3-8B at 8.5 tokens a second,
+  the 185H's iGPU with Qwen3-8B at 16.5, Mistral-7B INT4 on a 155H with 3667 ms to the first token.
 
 Two exceptions were made after a first fit had shown that they matter. Prefill with FP16 weights is neither fitted nor
 predicted: a profile has one rate for products, that of compressed weights. An NPU's run of INT4 with groups is
@@ -321,24 +361,33 @@ _READING = """Why, as far as the rows tell:
   same source). Of models below 3B an NPU's profile is not to be believed.
 * **An NPU with grouped INT4.** The 155H's row is of a model that edgert would not make: NPUs do not keep such weights
   packed ([npu](npu.md)).
-* **Prefill.** Larger models reach more operations a second than small ones (25 to 56 TOPS on one iGPU), and one rate
-  is fitted. One row (llama-3-8b INT8, 9900 ms) stands alone against its neighbours in the source.
-* **Short prompts.** Even after 32 tokens a first token takes 5 to 26 ms longer than a later one on Panther Lake, 14 to
-  170 on the others. The cost model has no such constant, so its errors there are on one side.
+* **Prefill.** Larger models reach more operations a second than small ones (27 to 54 TOPS on one iGPU), and one rate
+  is fitted. llama-3-8b INT8 with 9900 ms has 1025 tokens: in OpenVINO's table of the 155H decoders with a little more
+  than 1024 (decilm-7b and phi-3-medium too) take more than three times as long at INT8 as at INT4, others 1.2 times.
+* **Meteor Lake's NPU, prefill.** The one row that was fitted has no prompt, so two others are not predicted. With the
+  profile's rate, which is the 185H's, the 155H's 8790 ms would come out at about half.
+* **Short prompts.** Even after 32 tokens a first token takes 2 to 27 ms longer than a later one on Panther Lake, 14 to
+  175 on the others. The cost model has no such constant, so its errors there are on one side.
 """
 
 
 def _summary(found: Sequence[Check]) -> str:
-    lines = ["| unit | phase | predicted | median error | within the limit | worst |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| unit | phase | published | predicted | median error | within the limit | worst |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for unit in CONFIGS:
         for what in PHASES:
             own = [c for c in found if (c.run.unit, c.phase) == (unit, what)]
             if own:
                 limit = LIMITS.get(unit)
                 met = f"{sum(not c.missed for c in own)} of {len(own)} ({limit:.0%})" if limit else "no limit"
-                worst = max(own, key=lambda c: abs(math.log(1 + c.error)))
-                middle = statistics.median(abs(c.error) for c in own)
-                lines.append(f"| {_unit(unit)} | {what} | {len(own)} | {middle:.0%} | {met} | {worst.error:+.0%} |")
+                errors = [c.error for c in own if c.error is not None]
+                worst = max(errors, key=lambda error: abs(math.log(1 + error)))
+                middle = statistics.median(map(abs, errors))
+                lines.append(
+                    f"| {_unit(unit)} | {what} | {len(own)} | {len(errors)} | {middle:.0%} | {met} | {worst:+.0%} |"
+                )
     return "\n".join(lines) + "\n"
 
 
@@ -348,18 +397,20 @@ def _fitted(
     fitted: dict[tuple[str, str], Rates],
 ) -> str:
     lines = [
-        "From the half that was fitted, and from all rows of a kind that edgert makes for the unit.\n",
-        "| device | rows | GB/s | of the peak | TOPS | all rows | GB/s | lowest–highest row | TOPS |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "From the half that was fitted, and from all rows of a kind that edgert makes for the unit; in brackets the\n"
+        "middle nine tenths of the rows, each by itself.\n",
+        "| device | rows | GB/s | of the peak | TOPS | all rows | GB/s | TOPS |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (soc, unit), own in devices.items():
         own = [run for run in own if not run.foreign]
         half, whole = fitted[soc, unit], fit(own)
-        every = sorted(value for run in own for value in bandwidths_gbps(run))
+        gbps, gops = spreads(own)
         lines.append(
             f"| {NAMES[soc]} {_unit(unit)} | {len(halves[soc, unit][0])} | {half.bandwidth_gbps:.1f} | "
-            f"{half.bandwidth_gbps / PEAKS_GBPS[soc]:.0%} | {_rate(half)} | {len(own)} | {whole.bandwidth_gbps:.1f} | "
-            f"{every[0]:.0f}–{every[-1]:.0f} | {_rate(whole)} |"
+            f"{half.bandwidth_gbps / PEAKS_GBPS[soc]:.0%} | {_rate(half)} | {len(own)} | "
+            f"{whole.bandwidth_gbps:.1f} ({gbps[0]:.1f}–{gbps[1]:.1f}) | {_rate(whole)}"
+            + (f" ({gops[0] / 1e3:.2f}–{gops[1] / 1e3:.2f}) |" if gops else " |")
         )
     return "\n".join(lines) + "\n"
 
@@ -371,7 +422,7 @@ def _rate(rates: Rates) -> str:
 def _carried(runs: Sequence[Run]) -> str:
     lines = ["| unit | from | to | rows | median error | within the limit |", "|---|---|---|---|---|---|"]
     for (unit, before, soc), found in carried(runs).items():
-        middle = statistics.median(c.error for c in found)
+        middle = statistics.median(c.error for c in found if c.error is not None)
         lines.append(
             f"| {_unit(unit)} | {NAMES[before]} | {NAMES[soc]} | {len(found)} | {middle:+.0%} | "
             f"{sum(not c.missed for c in found)} of {len(found)} |"
@@ -386,10 +437,12 @@ def _table(found: Iterable[Check]) -> str:
     ]
     for c in found:
         run = c.run
-        error = f"**{c.error:+.0%}**" if c.missed else f"{c.error:+.0%}"
+        predicted = "–" if c.predicted_ms is None else f"{c.predicted_ms:.1f}"
+        error = "not predicted" if c.error is None else f"{c.error:+.0%}"
+        error = f"**{error}**" if c.missed else error
         lines.append(
             f"| {run.machine} {_unit(run.unit)} | {run.model} | {run.precision} | {c.what} | {c.prompt_tokens or '?'} "
-            f"| {c.published_ms:.1f} | {c.predicted_ms:.1f} | {error} | `{run.source}` |"
+            f"| {c.published_ms:.1f} | {predicted} | {error} | `{run.source}` |"
         )
     return "\n".join(lines) + "\n"
 
@@ -406,7 +459,7 @@ def picture(found: Sequence[Check]) -> str:
             f"{c.run.machine} {_unit(c.run.unit)}, {c.run.model} {c.run.precision}: {c.error:+.0%}",
         )
         for c in found
-        if c.what == "decode"
+        if c.what == "decode" and c.predicted_ms is not None
     ]  # fmt: skip
     limits = {_unit(unit): LIMITS.get(unit) for unit in ("GPU", "NPU", "CPU")}
     return scatter("Decode: predicted over published ms a token", points, limits)

@@ -38,9 +38,9 @@ class CatalogueModel:
     verified: bool
     config: dict[str, Any]
 
-    def shape(self, weights: Weights = "int4") -> ModelShape:
-        """Its blocks at a precision."""
-        return from_config(self.config, name=self.name, weights=weights)
+    def shape(self, weights: Weights = "int4", group_size: int = 128) -> ModelShape:
+        """Its blocks at a precision; see `from_config`."""
+        return from_config(self.config, name=self.name, weights=weights, group_size=group_size)
 
 
 @dataclass(frozen=True)

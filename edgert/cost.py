@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from edgert.device import DeviceConfig, DeviceKind
 from edgert.errors import PlanError, UsageError
 from edgert.graph import Block, BlockGraph, BlockKind
-from edgert.placement import HOST
+from edgert.placement import HOST, own_blocks
 from edgert.profile import PROVENANCES, DeviceModel, Measurement, Profile, Provenance
 from edgert.shapes import StaticShapes
 
@@ -71,6 +71,11 @@ class Work:
             recurrent_bytes=block.recurrent_bytes,
             window=block.window,
         )
+
+    @property
+    def idle(self) -> bool:
+        """Whether it neither reads nor computes anything to speak of, as the lookup of embeddings."""
+        return not (self.weight_bytes or self.flops_per_token or self.flops_per_row or self.state_bytes(1))
 
     def weights_read(self, tokens: int) -> float:
         """Bytes of weights that a call reads; tokens choose their experts independently and evenly."""
@@ -150,6 +155,22 @@ class Workload:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, the least is 1")
 
+    @classmethod
+    def fitting(
+        cls, context: int | None, prompt_tokens: int | None = None, new_tokens: int | None = None, chunk: int = 256
+    ) -> Workload:
+        """The usual one, or what of it a model's context holds; what is given is taken as it is.
+
+        Raises:
+            UsageError: what is given is below its limit, or more than the context holds.
+        """
+        limit = context or 2**30
+        prompt = max(1, min(1024, limit * 3 // 4)) if prompt_tokens is None else prompt_tokens
+        new = max(1, min(256, limit - prompt)) if new_tokens is None else new_tokens
+        if prompt + new > limit:
+            raise UsageError(f"a prompt of {prompt} and {new} new tokens are {prompt + new}; the context holds {limit}")
+        return cls(prompt, new, chunk)
+
     @property
     def calls(self) -> list[tuple[int, int]]:
         """New tokens and past of every prefill call."""
@@ -175,8 +196,8 @@ class Entry:
 class Table:
     """Measured values by new tokens and past, with straight lines between them.
 
-    Between two numbers of past tokens, and beyond the last, the line through the nearest two; between two numbers of
-    new tokens likewise; beyond the largest, in proportion.
+    Behind fewer tokens than were measured it is as behind the fewest; behind more, the line through the first and the
+    last goes on, if it rises. With more new tokens than were measured it is in proportion.
     """
 
     def __init__(self, values: Mapping[tuple[int, int], float]) -> None:
@@ -187,8 +208,12 @@ class Table:
         self._sizes = list(self._rows)
 
     def covers(self, tokens: int) -> bool:
-        """Whether it was measured with as few tokens."""
-        return self._sizes[0] <= tokens
+        """Whether it was measured in the same phase, and with as few tokens."""
+        return self._sizes[0] <= tokens and (tokens == 1 or self._sizes[-1] > 1)
+
+    def reaches(self, tokens: int, past: float) -> bool:
+        """Whether it was measured with as many tokens, and behind as many."""
+        return tokens <= self._sizes[-1] and past <= max(row[-1, 0] for row in self._rows.values())
 
     def at(self, tokens: int, past: Floats) -> Floats:
         last = self._sizes[-1]
@@ -267,11 +292,13 @@ class Costs:
     def block_uj(self, index: int, config: DeviceConfig, tokens: int, past: Floats) -> Floats | None:
         """Microjoules of a block above the machine's base; None where the device's watts are not known."""
         padded_tokens, padded = self._padded(config, tokens, past)
-        energies = self._energies.get((str(config), self.graph.blocks[index].signature))
-        if energies is not None and energies.covers(padded_tokens):
-            return energies.at(padded_tokens, padded)
-        watts = self.model(config).active_w
-        return None if watts is None else watts * self.block_us(index, config, tokens, past)
+        table, energies = self._table(index, config, padded_tokens), self._energies
+        if table is not None and (key := (str(config), self.graph.blocks[index].signature)) in energies:
+            # What was measured is a call by itself: its watts hold in its place too.
+            watts = energies[key].at(padded_tokens, padded) / table.at(padded_tokens, padded)
+            return watts * self.block_us(index, config, tokens, past)
+        active_w = self.model(config).active_w
+        return None if active_w is None else active_w * self.block_us(index, config, tokens, past)
 
     def phase(self, index: int, config: DeviceConfig, phase: str, load: Workload) -> Phase:
         """What a block takes in all calls of a phase (`prefill` or `decode`)."""
@@ -292,15 +319,28 @@ class Costs:
             self._phases[key] = Phase(calls_us, float(np.sum(energies)) if known else None)
         return self._phases[key]
 
-    def entry(self, index: int, config: DeviceConfig, tokens: int) -> Entry:
-        """What the time of a block rests on."""
+    def span(self, first: int, last: int, config: DeviceConfig, phase: str, load: Workload) -> Phase:
+        """What blocks `first` to `last` take in all calls of a phase, one after the other."""
+        key = (first, last, config, phase, load)
+        if key not in self._phases:
+            phases = [self.phase(index, config, phase, load) for index in range(first, last + 1)]
+            energies = [each.energy_uj for each in phases]
+            energy_uj = None if None in energies else float(sum(e for e in energies if e is not None))
+            self._phases[key] = Phase(np.sum([each.calls_us for each in phases], axis=0), energy_uj)
+        return self._phases[key]
+
+    def entry(self, index: int, config: DeviceConfig, tokens: int, past: int = 0) -> Entry:
+        """What the time of a block rests on. Beyond the sizes that were measured it is an estimate at best."""
         block = self.graph.blocks[index]
-        padded, _ = self._padded(config, tokens, 0)
-        if self._table(index, config, padded) is not None:
-            return Entry(str(config), block.signature, self._measured[str(config), block.signature][0].provenance)
+        padded, slots = self._padded(config, tokens, past)
+        table = self._table(index, config, padded)
+        if table is not None:
+            found = self._measured[str(config), block.signature][0].provenance
+            if not table.reaches(padded, float(slots) if block.states else 0.0):
+                found = max(found, "estimated", key=PROVENANCES.index)
+            return Entry(str(config), block.signature, found)
         # Rates that were fitted to other blocks on this machine are an estimate for this one.
-        model = self.model(config)
-        provenance = max(map(model.provenance_of, ("bandwidth_gbps", "compute_gops")), key=PROVENANCES.index)
+        provenance = self.model(config).provenance
         return Entry(str(config), "rates", "estimated" if provenance == "measured" else provenance)
 
     def error(self, index: int, config: DeviceConfig) -> float | None:
@@ -324,8 +364,8 @@ class Costs:
     def _in_place(self, config: DeviceConfig, tokens: int, past: Floats) -> Floats:
         """How much longer the whole model takes than its blocks, one by one and without their launches."""
         whole = self._tables.get((str(config), self.graph.signature))
-        tables = [self._table(i, config, tokens) for i in range(len(self.graph.blocks))]
-        if whole is None or not whole.covers(tokens) or None in tables:
+        own = [self._tables.get((str(config), b.signature)) for b in own_blocks(self.graph, config)]
+        if whole is None or not all(table is not None and table.covers(tokens) for table in (whole, *own)):
             return 1.0
         launch_us = self.model(config).launch_us
         alone: Floats = 0.0
@@ -336,7 +376,7 @@ class Costs:
 
     def _counts(self, config: DeviceConfig) -> dict[Table, int]:
         counts: dict[Table, int] = {}
-        for block in self.graph.blocks:
+        for block in own_blocks(self.graph, config):
             table = self._tables[str(config), block.signature]
             counts[table] = counts.get(table, 0) + 1
         return counts

@@ -64,7 +64,7 @@ class Block:
     score_flops: int = 0
     window: int | None = None
 
-    @property
+    @cached_property
     def total_weight_bytes(self) -> int:
         return sum(self.weight_bytes.values())
 

@@ -13,7 +13,7 @@ from typing import Any
 from edgert.device import DeviceConfig, DeviceKind
 from edgert.errors import PlanError
 from edgert.fields import build
-from edgert.graph import BlockGraph, BlockKind
+from edgert.graph import Block, BlockGraph, BlockKind
 
 PHASES = ("prefill", "decode")
 HOST = DeviceConfig(
@@ -99,7 +99,7 @@ class Plan:
         """
         config = _suited(graph, config)
         configs, rationale = [config] * len(graph.blocks), f"single device {config}"
-        if (config.static or config.kind is DeviceKind.GPU) and _has_embedding(graph):
+        if own_blocks(graph, config) != graph.blocks:
             configs[0], rationale = HOST, f"{rationale}, embedding on {HOST}"
         return cls.from_configs(configs, rationale)
 
@@ -209,17 +209,16 @@ class Plan:
         More than the model's own bytes in all means that some are in memory more than once: other devices and other
         configurations lay them out in other ways.
         """
-        found = []
-        for config in self.configs:
-            blocks: dict[int, int] = {}  # index -> copies
-            for placements in self.phases.values():
-                for p in placements:
-                    for index in range(p.first, p.last + 1) if p.config == config else ():
-                        blocks[index] = blocks.get(index, 0) + 1
-            both = 2 if self.decode is None else 1
-            count = max(blocks.values()) * both if config.static else 1
-            found.append(WeightCopy(config, sum(graph.blocks[i].total_weight_bytes for i in blocks), count))
-        return found
+        pieces: dict[Placement, int] = {}  # how often they are compiled with static shapes
+        for placements in self.submodels(graph):
+            for p in placements:
+                pieces[p] = pieces.get(p, 0) + (2 if self.decode is None else 1)
+        held: dict[tuple[DeviceConfig, int], int] = {}
+        for p, times in pieces.items():
+            key = p.config, times if p.config.static else 1
+            size = sum(block.total_weight_bytes for block in graph.blocks[p.first : p.last + 1])
+            held[key] = held.get(key, 0) + size
+        return [WeightCopy(config, size, count) for (config, count), size in held.items()]
 
     def check(self, graph: BlockGraph) -> None:
         """Raise `PlanError` unless the placements cover the graph's blocks once each, in order, in every phase."""
@@ -360,6 +359,12 @@ def _suited(graph: BlockGraph, config: DeviceConfig) -> DeviceConfig:
     if config.kind is DeviceKind.GPU and config.static and not (_has_embedding(graph) and _keeps_cache(graph)):
         return replace(config, variant=config.variant.removesuffix("+static"))
     return config
+
+
+def own_blocks(graph: BlockGraph, config: DeviceConfig) -> tuple[Block, ...]:
+    """The blocks that run on a configuration where the plan is `Plan.single`: all, or all but the embedding."""
+    hosted = (config.static or config.kind is DeviceKind.GPU) and _has_embedding(graph)
+    return graph.blocks[1:] if hosted else graph.blocks
 
 
 def _has_embedding(graph: BlockGraph) -> bool:

@@ -103,7 +103,7 @@ def predict(costs: Costs, plan: Plan, load: Workload) -> Prediction:
                 parts[str(config)] += phase.energy_uj
         if model.active_w is not None:
             parts[str(config)] += model.active_w * beside_us
-            energies.append(model.provenance_of("active_w"))
+            energies.extend(map(model.provenance_of, ("active_w", "idle_w")))
         if any(phase.energy_uj is None for phase in phases) or (beside_us and model.active_w is None):
             missing[f"{config}: active_w"] = None
 
@@ -113,11 +113,11 @@ def predict(costs: Costs, plan: Plan, load: Workload) -> Prediction:
     calls_us = np.zeros((len(load.calls), len(stages)))
     for number, (unit, group) in enumerate(stages):
         for p in group:
-            phases = [costs.phase(i, p.config, "prefill", load) for i in range(p.first, p.last + 1)]
+            span = costs.span(p.first, p.last, p.config, "prefill", load)
             beside = _beside_us(costs, p, [tokens for tokens, _ in load.calls])
-            total = (sum(phase.calls_us for phase in phases) + beside) * slower.get(unit, 1.0)
+            total = (span.calls_us + beside) * slower.get(unit, 1.0)
             calls_us[:, number] += total
-            book(p.config, float(total.sum()), phases, float(beside.sum()))
+            book(p.config, float(total.sum()), [span], float(beside.sum()))
     prefill_us = pipeline_us(calls_us.tolist(), [unit for unit, _ in stages])
 
     moved_us = 0.0
@@ -132,11 +132,11 @@ def predict(costs: Costs, plan: Plan, load: Workload) -> Prediction:
 
     decode_us = 0.0
     for p in decode:
-        phases = [costs.phase(i, p.config, "decode", load) for i in range(p.first, p.last + 1)]
+        span = costs.span(p.first, p.last, p.config, "decode", load)
         beside_us = float(_beside_us(costs, p, [1] * (load.new_tokens - 1)).sum())
-        latency_us = sum(phase.total_us for phase in phases) + beside_us
+        latency_us = span.total_us + beside_us
         decode_us += latency_us
-        book(p.config, latency_us, phases if load.new_tokens > 1 else (), beside_us)
+        book(p.config, latency_us, [span] if load.new_tokens > 1 else (), beside_us)
 
     wall_us = prefill_us + moved_us + decode_us
     parts["waiting"] = 0.0
@@ -156,16 +156,19 @@ def predict(costs: Costs, plan: Plan, load: Workload) -> Prediction:
         parts["base"] = profile.base_w * wall_us
         energies.append(profile.base_provenance)
 
-    sizes = {"prefill": [tokens for tokens, _ in load.calls], "decode": [1]}
+    deepest = dict(load.calls)  # the last call of each size
     signatures = [block.signature for block in graph.blocks]
     distinct = {  # equal blocks rest on the same
-        (signatures[i], p.config, tokens): i
-        for placements, counts in ((prefill, sizes["prefill"]), (decode, sizes["decode"]))
+        (signatures[i], p.config, tokens, past): i
+        for placements, sizes in (
+            (prefill, deepest),
+            (decode, {1: load.prompt_tokens + load.new_tokens - 2} if load.new_tokens > 1 else {}),
+        )
         for p in placements
-        for tokens in dict.fromkeys(counts)
+        for tokens, past in sizes.items()
         for i in range(p.first, p.last + 1)
     }
-    entries = dict.fromkeys(costs.entry(i, config, tokens) for (_, config, tokens), i in distinct.items())
+    entries = dict.fromkeys(costs.entry(i, config, *size) for (_, config, *size), i in distinct.items())
     return Prediction(
         load=load,
         prefill_us=prefill_us,
@@ -186,7 +189,7 @@ def memory_bytes(costs: Costs, plan: Plan, context: int) -> dict[str, int]:
     needed: dict[str, int] = {}
     for held in plan.weights(costs.graph):
         needed[held.config.device] = needed.get(held.config.device, 0) + held.bytes * held.count
-    for p in dict.fromkeys(p for placements in plan.phases.values() for p in placements):
+    for p in dict.fromkeys(p for placements in plan.submodels(costs.graph) for p in placements):
         model = costs.model(p.config)
         works = costs.works[p.first : p.last + 1]
         growing, fixed = (sum(w.kv_bytes_per_token for w in works) * context, sum(w.recurrent_bytes for w in works))
@@ -216,21 +219,24 @@ def _beside_us(costs: Costs, p: Placement, tokens: Sequence[int]) -> np.ndarray[
 def contention(costs: Costs, stages: Sequence[tuple[str, list[Placement]]], load: Workload) -> Mapping[str, float]:
     """By hardware, how much longer its calls take because the other devices of a pipeline work too."""
     profile = costs.profile
-    measured = {(s.config, s.beside): s.factor for s in profile.slowdowns}
+    measured = {
+        (DeviceConfig.parse(s.config).unit, DeviceConfig.parse(s.beside).unit): s.factor for s in profile.slowdowns
+    }
     demand_gbps: dict[str, float] = {}
     configs: dict[str, list[DeviceConfig]] = {}
     tokens, past = load.calls[0]
     for unit, group in stages:
         blocks = [(i, p.config) for p in group for i in range(p.first, p.last + 1)]
+        if all(costs.works[i].idle for i, _ in blocks):
+            continue  # looking up embeddings hinders nobody
         configs.setdefault(unit, []).extend(config for _, config in blocks)
         read = sum(costs.works[i].weights_read(tokens) + costs.works[i].state_bytes(tokens + past) for i, _ in blocks)
         busy_us = sum(float(costs.block_us(i, config, tokens, past)) for i, config in blocks)
         demand_gbps[unit] = max(demand_gbps.get(unit, 0.0), read / max(busy_us, 1e-9) / 1e3)
     common = max(1.0, sum(demand_gbps.values()) / profile.shared_gbps) if profile.shared_gbps else 1.0
     slower = {}
-    for unit, own in configs.items():
-        others = {c for other, found in configs.items() if other != unit for c in found}
-        factors = [measured[str(a), str(b)] for a in set(own) for b in others if (str(a), str(b)) in measured]
+    for unit in configs:
+        factors = [measured[unit, other] for other in configs if (unit, other) in measured]
         slower[unit] = max(factors) if factors else common if len(configs) > 1 else 1.0
     return slower
 

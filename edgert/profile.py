@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
@@ -17,7 +17,7 @@ from typing import Any, Literal
 from edgert.device import DeviceConfig
 from edgert.errors import DeviceError, EdgertError, UnknownDeviceError, UsageError
 from edgert.fields import build
-from edgert.graph import BlockGraph
+from edgert.graph import Block
 
 Provenance = Literal["measured", "published", "estimated", "modelled"]
 # Best first: measured on the machine itself; derived from somebody's published run; said by a compiler or vendor's
@@ -224,27 +224,57 @@ class Profile:
         """The device model of a configuration; None where there is none."""
         return next((model for model in self.devices if model.device == config), None)
 
-    def covers(self, graph: BlockGraph, config: DeviceConfig) -> bool:
-        """Whether every block of a model was measured on a configuration."""
-        known = {row.block for row in self.measurements if row.config == str(config)}
-        return self.model(config) is not None and {block.signature for block in graph.blocks} <= known
+    def covers(self, blocks: Sequence[Block], config: DeviceConfig, tokens: Collection[int] = ()) -> bool:
+        """Whether blocks were measured on a configuration, each with these numbers of new tokens."""
+        known: dict[str, set[int]] = {}
+        for row in self.measurements:
+            if row.config == str(config):
+                known.setdefault(row.block, set()).add(row.tokens)
+        found = all(block.signature in known and known[block.signature] >= set(tokens) for block in blocks)
+        return found and self.model(config) is not None
 
     def joined(self, newer: Profile) -> Profile:
-        """What both know of the same machine; where both know something, what the newer one says."""
+        """What both know of the same machine; where both know something, what the newer one says.
+
+        Rates are those of the larger model, as a small one tells more of launches than of memory.
+        """
         again = {(m.config, m.block) for m in newer.measurements}
         kept = tuple(m for m in self.measurements if (m.config, m.block) not in again)
-        replaced = {m.device for m in newer.devices}
+        anew = {m.config for m in newer.measurements}
+        devices = {m.device: m for m in self.devices}
+        devices |= {m.device: m for m in newer.devices if newer._largest_us(m) >= self._largest_us(m)}
         slowdowns = {(s.config, s.beside): s for s in (*self.slowdowns, *newer.slowdowns)}
         return replace(
             newer,
-            devices=(*(m for m in self.devices if m.device not in replaced), *newer.devices),
+            devices=tuple(devices.values()),
             base_w=self.base_w if newer.base_w is None else newer.base_w,
             base_provenance=self.base_provenance if newer.base_w is None else newer.base_provenance,
-            source="; ".join(dict.fromkeys((self.source, newer.source))),
+            source="; ".join(dict.fromkeys((*self.source.split("; "), *newer.source.split("; ")))),
             slowdowns=tuple(slowdowns.values()),
             measurements=(*kept, *newer.measurements),
-            warnings=tuple(dict.fromkeys((*self.warnings, *newer.warnings))),
+            warnings=(*(w for w in self.warnings if not any(w.startswith(name) for name in anew)), *newer.warnings),
         )
+
+    def _largest_us(self, model: DeviceModel) -> float:
+        """The longest call with one token on a configuration."""
+        own = [m.latency_us for m in self.measurements if m.config == str(model.device) and m.tokens == 1]
+        return max(own, default=0.0)
+
+    def declared(self, watts: Mapping[str, float]) -> Profile:
+        """This profile with watts by device, and of the `base`, where none were measured; marked estimated."""
+
+        def filled(model: DeviceModel) -> DeviceModel:
+            power = watts.get(model.device.device)
+            if power is None or (model.active_w is not None and model.provenance_of("active_w") == "measured"):
+                return model
+            estimated: dict[str, Provenance] = {"active_w": "estimated", "idle_w": "estimated"}
+            provenances = model.provenances | estimated
+            return replace(model, active_w=power, idle_w=0.0, provenances=provenances)
+
+        profile = replace(self, devices=tuple(filled(model) for model in self.devices))
+        if "base" in watts and (self.base_w is None or self.base_provenance != "measured"):
+            profile = replace(profile, base_w=watts["base"], base_provenance="estimated")
+        return profile
 
     def scaled(self, config: DeviceConfig, *, time: float = 1.0, power: float = 1.0) -> Profile:
         """This profile with one configuration that takes `time` times as long, at `power` times the watts."""

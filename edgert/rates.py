@@ -9,33 +9,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.cost import Work
-from edgert.graph import BlockGraph
+from edgert.graph import Block, BlockGraph
 
 Samples = Mapping[tuple[str, int, int], float]
 """Microseconds by `Block.signature`, new tokens and past tokens (0 where a block keeps none); see `Measurement`."""
 _MOST = 1e6  # GB/s or GOPS of what was too fast to be told from nothing
 
 
-def launch_us(blocks: Samples, whole: Samples, graph: BlockGraph, calls: int) -> float:
+def launch_us(blocks: Samples, whole: Samples, own: Sequence[Block], calls: int) -> float:
     """What a call costs beside its work: the sum over blocks called one by one exceeds the whole model by that.
 
     Args:
         blocks: of every block, one by one.
         whole: of the model, its signature in the place of a block's.
+        own: the blocks that the whole model runs on the device.
         calls: submodels that the whole model is made of.
 
     Returns:
         Microseconds: 0 for a model in one piece, at most what the fastest block takes.
     """
-    signatures = [block.signature for block in graph.blocks]
-    keys = [(tokens, past) for _, tokens, past in whole if tokens == 1] if len(signatures) > calls else []
+    signatures = [block.signature for block in own]
     found = []
-    for tokens, past in keys:
+    for (_, tokens, past), together_us in whole.items() if len(signatures) > calls else ():
+        if tokens > 1:
+            continue
         alone = [
             us for s in signatures if (us := blocks.get((s, tokens, past), blocks.get((s, tokens, 0)))) is not None
         ]
         if len(alone) == len(signatures):
-            excess = (sum(alone) - whole[graph.signature, tokens, past]) / (len(signatures) - calls)
+            excess = (sum(alone) - together_us) / (len(signatures) - calls)
             found.append(min(excess, min(alone)))
     return max(0.0, float(np.median(found))) if found else 0.0
 
@@ -82,8 +84,9 @@ def fit(samples: Samples, graph: BlockGraph, width: float) -> dict[str, float]:
         constant = max(float(constant), float(y.min()) / 2)
         found["compute_gops"] = 1e-3 / constant
         found["half_rate_tokens"] = max(0.0, float(slope) / constant)
-    elif points:
-        found["compute_gops"] = 1e-3 / points[0][1]
+    else:  # no prefill: what decode reaches is the least
+        flops = sum(count * (w.flops_per_token + w.flops_per_row) for w, count, tokens, *_ in early if tokens == 1)
+        found["compute_gops"] = 1e-3 / points[0][1] if points else _rate(flops, reading_us)
     if score := _growth(prefill, lambda work, tokens, past: work.score_flops * float(work.attended(tokens, past))):
         found["score_gops"] = score
     return found

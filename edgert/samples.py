@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from edgert.device import DeviceConfig, DeviceKind
 from edgert.graph import BlockGraph
+from edgert.placement import own_blocks
 from edgert.profile import DeviceModel, Measurement, Provenance
 from edgert.rates import fit, launch_us
 
@@ -17,8 +17,8 @@ Key = tuple[str, int, int]
 SLOWED = 1.15  # a configuration that ends this much slower than it began
 UNSTEADY = 0.25  # half the range between the quartiles over the median
 SMALLEST_US = 1e-3
-# Configurations of the CPU whose cache OpenVINO keeps in u8, as a compiled model's KV_CACHE_PRECISION says, and the bits
-# of an element then: a scale and a zero point in f32 for a head's row of 128.
+# Configurations of the CPU whose cache OpenVINO keeps in u8, as a compiled model's KV_CACHE_PRECISION says, and the
+# bits of an element then: a scale and a zero point in f32 for a head's row of 128.
 U8_KV, U8_KV_BITS = {"f32+dq", "bf16"}, 8.5
 
 
@@ -32,7 +32,8 @@ class Raw:
         errors: relative difference from `CPU@f32` by signature.
         moves: of caches that were read or written: bytes, and microseconds.
         watts: above the machine's base, by phase, of the whole model.
-        drifts: the second half of a run of decode steps over the first.
+        paces: microseconds of a decode step, when each round began and when it ended.
+        cuts: the same of the model cut at every boundary; empty where that was not measured.
         calls: submodels of the whole model.
         emulated: whether the device is.
     """
@@ -42,7 +43,8 @@ class Raw:
     errors: dict[str, float] = field(default_factory=dict)
     moves: list[tuple[float, float]] = field(default_factory=list)
     watts: dict[str, list[float]] = field(default_factory=dict)
-    drifts: list[float] = field(default_factory=list)
+    paces: list[float] = field(default_factory=list)
+    cuts: list[float] = field(default_factory=list)
     calls: int = 1
     emulated: bool = False
 
@@ -68,16 +70,16 @@ class Summary:
     warnings: tuple[str, ...]
 
 
-def summary(config: DeviceConfig, raw: Raw, graph: BlockGraph, declared_w: Mapping[str, float]) -> Summary:
-    """What the samples of a configuration say.
-
-    Args:
-        declared_w: watts by device, for where none were measured.
-    """
+def summary(config: DeviceConfig, raw: Raw, graph: BlockGraph) -> Summary:
+    """What the samples of a configuration say."""
     provenance: Provenance = "modelled" if raw.emulated else "measured"
     blocks = {key: statistics.median(values) for key, values in raw.blocks.items()}
     whole = {key: statistics.median(values) for key, values in raw.whole.items()}
-    launch = launch_us(blocks, whole, graph, raw.calls)
+    if raw.cuts and raw.paces:
+        excess_us = statistics.median(raw.cuts) - statistics.median(raw.paces)
+        launch = max(0.0, excess_us / (len(graph.blocks) - raw.calls))
+    else:
+        launch = launch_us(blocks, whole, own_blocks(graph, config), raw.calls)
     watts = {phase: statistics.median(values) for phase, values in raw.watts.items() if values}
 
     def measurement(key: Key, samples: list[float], less_us: float) -> Measurement:
@@ -100,18 +102,19 @@ def summary(config: DeviceConfig, raw: Raw, graph: BlockGraph, declared_w: Mappi
     # A whole model of several submodels counts as one call: the other launches are reckoned where plans are.
     rows = [measurement(key, values, 0.0) for key, values in raw.blocks.items()]
     rows += [measurement(key, values, (raw.calls - 1) * launch) for key, values in raw.whole.items()]
-    net = {key: max(us - launch, SMALLEST_US) for key, us in blocks.items()} or whole
+    # A model in one piece is its only block.
+    net = {key: max(us - launch, SMALLEST_US) for key, us in (blocks or whole).items()}
     precision: Literal["f32", "f16"] = "f16" if config.half else "f32"
     kv_bits = U8_KV_BITS if config.kind is DeviceKind.CPU and config.variant in U8_KV else None
     rates = fit(net, graph, kv_bits / 32 if kv_bits else 0.5 if config.half else 1.0)
     moved, spent_us = (sum(values) for values in zip(*raw.moves, strict=True)) if raw.moves else (0.0, 0.0)
     # Nothing was moved: a device without a cache of its own is as good as memory.
-    transfer = moved / spent_us / 1e3 if moved and spent_us else rates.get("bandwidth_gbps", 1.0)
-    active = statistics.mean(watts.values()) if watts else declared_w.get(config.device)
+    transfer = moved / spent_us / 1e3 if moved and spent_us else rates["bandwidth_gbps"]
+    active = statistics.mean(watts.values()) if watts else None
     device = DeviceModel(
         name=f"{config.device}-{config.variant}".replace("+", "-").lower(),
         config=str(config),
-        **{"compute_gops": 1.0, **{name: round(rate, 3) for name, rate in rates.items()}},  # type: ignore[arg-type]
+        **{name: round(rate, 3) for name, rate in rates.items()},  # type: ignore[arg-type]
         launch_us=round(launch, 2),
         transfer_gbps=round(max(transfer, 1e-3), 3),
         active_w=None if active is None else round(max(0.0, active), 3),
@@ -120,16 +123,17 @@ def summary(config: DeviceConfig, raw: Raw, graph: BlockGraph, declared_w: Mappi
         precision=precision,
         kv_bits=kv_bits,
         provenance=provenance,
-        source="fitted to the measurements of this profile" + ("" if watts or active is None else "; watts declared"),
-        provenances={} if watts or active is None else {"active_w": "estimated", "idle_w": "estimated"},
+        source="fitted to the measurements of this profile",
     )
     return Summary(device, tuple(rows), _doubts(config, raw))
 
 
 def _doubts(config: DeviceConfig, raw: Raw) -> tuple[str, ...]:
     found = []
-    if raw.drifts and (drift := max(raw.drifts)) > SLOWED:
-        found.append(f"{config} got {drift - 1:.0%} slower within a run: it throttles, or other work came up")
+    if len(raw.paces) > 1 and (drift := raw.paces[-1] / max(raw.paces[0], SMALLEST_US)) > SLOWED:
+        found.append(
+            f"{config} was {drift - 1:.0%} slower at the end than at the beginning: it throttles, or other work ran"
+        )
     unsteady = [
         key for table in (raw.blocks, raw.whole) for key, values in table.items()
         if len(values) > 2 and _spread(values) > UNSTEADY * statistics.median(values)

@@ -27,11 +27,14 @@ class Candidate:
         name: unique among the candidates.
         latency_us: of the whole request, above 0.
         energy_uj: of the machine, above 0; None where nobody knows, and then of no candidate.
+        units: the hardware that it uses, as in `DeviceConfig.unit`. What is observed of a plan counts for all plans with
+            the same; empty: for itself only.
     """
 
     name: str
     latency_us: float
     energy_uj: float | None
+    units: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for what, value in (("latency_us", self.latency_us), ("energy_uj", self.energy_uj)):
@@ -77,7 +80,7 @@ class Switcher:
         margin: by how much it must be better: 0.1 means that what is to be kept low is 10 % higher with the old plan.
         low_share: charge up to which a battery that supplies the machine is low, 0 to 1.
         crowd: waiting requests from which time counts more than energy, at least 1.
-        forget_us: time in which what was observed of a plan loses half its weight, above 0.
+        forget_us: time in which what was observed loses half its weight, above 0.
 
     Raises:
         UsageError: an argument is out of its range, or the energy of some candidates only is known.
@@ -114,7 +117,10 @@ class Switcher:
         self._candidates = {c.name: c for c in candidates}
         self._dwell_us, self._margin, self._crowd, self._forget_us = dwell_us, margin, crowd, forget_us
         self._beaten_since_us: float | None = None  # since when another plan has been better, at every look
-        self._seen: dict[str, tuple[float, float, float]] = {}  # name -> when, and logarithms of the two ratios
+        # What slows one plan slows those on the same hardware. Else each would seem as good as predicted until it is
+        # tried, and the switcher would go round among them.
+        self._shared: dict[str, str | frozenset[str]] = {c.name: c.units or c.name for c in candidates}
+        self._seen: dict[str | frozenset[str], tuple[float, float, float]] = {}  # when, logarithms of the two ratios
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -163,7 +169,7 @@ class Switcher:
         # The newest request counts as much as all before it.
         slow = (slow + math.log(slowdown)) / 2
         dear = dear if dearer is None else (dear + math.log(dearer)) / 2
-        self._seen[name] = (now_us, slow, dear)
+        self._seen[self._shared[name]] = (now_us, slow, dear)
 
     def _switch(self, switch: Switch) -> None:
         self.current = switch.target
@@ -200,8 +206,8 @@ class Switcher:
 
         A plan that was left because it was slow is not observed any more. Forgetting is what gives it another try.
         """
-        if name not in self._seen:
+        if self._shared[name] not in self._seen:
             return 0.0, 0.0
-        at_us, slow, dear = self._seen[name]
+        at_us, slow, dear = self._seen[self._shared[name]]
         weight = 0.5 ** (max(0.0, now_us - at_us) / self._forget_us)
         return slow * weight, dear * weight

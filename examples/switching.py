@@ -10,13 +10,14 @@ from edgert.catalogue import find as find_models
 from edgert.cost import Costs, Workload
 from edgert.device import DeviceConfig
 from edgert.profile import find as find_profile
+from edgert.shapes import StaticShapes
 from edgert.simulator import Background, Battery, Environment, Simulation, Thermal, candidates, poisson, simulate
 from edgert.switching import Switcher
 
 MINUTE = 60e6
 (model,) = find_models(["Qwen3 4B"])
 graph = model.shape("int4").graph
-costs = Costs(graph, find_profile("lunarlake"))
+costs = Costs(graph, find_profile("lunarlake"), StaticShapes())
 plans = {name: Plan.single(graph, DeviceConfig.parse(name)) for name in ("GPU", "NPU")}
 
 typical = Workload(prompt_tokens=512, new_tokens=64)

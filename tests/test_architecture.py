@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from edgert.architecture import ModelShape, from_config, read
 from edgert.bundle import Bundle
 from edgert.catalogue import CatalogueModel
 from edgert.device import DeviceConfig
-from edgert.errors import UsageError
+from edgert.errors import PlanError, UsageError
 from edgert.graph import Block, BlockGraph, BlockKind
 from edgert.partition import annotate
 from edgert.placement import Plan
@@ -114,8 +115,11 @@ def test_catalogue_has_published_sizes(entry: CatalogueModel) -> None:
     assert (entry.active_parameters is None) == (shape.active_parameters == shape.parameters)
     graph = shape.graph
     assert BlockGraph.from_json(json.loads(json.dumps(graph.to_json()))) == graph
-    for device in ("CPU@f32+dq", "GPU@f16+static", "NPU@f16"):
-        Plan.single(graph, DeviceConfig.parse(device)).check(graph)
+    Plan.single(graph, DeviceConfig.parse("CPU@f32+dq")).check(graph)
+    recurrent = any(block.recurrent_bytes for block in graph.blocks)
+    for device in ("GPU@f16+static", "NPU@f16"):
+        with pytest.raises(PlanError, match="recurrent state") if recurrent else nullcontext():
+            Plan.single(graph, DeviceConfig.parse(device)).check(graph)
     assert "https://" in entry.source
     assert entry.published
 
@@ -232,6 +236,7 @@ def test_multimodal_configurations_and_defaults() -> None:
     assert any("text model" in note for note in shape.notes)
     tied = from_config({"tie_word_embeddings": True, "text_config": LLAMA})
     assert tied.parameters == from_config(LLAMA).parameters - 1000 * 256
+    assert from_config({**LLAMA, "model_type": "smollm3"}).parameters == tied.parameters  # its class's default
 
 
 def test_a_family_that_is_not_known() -> None:

@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from edgert.cli import bench, main
-from edgert.energy import Absence, Counter, Meters, Register, find_meters
+from edgert.device import DeviceConfig
+from edgert.energy import Absence, Counter, Energy, Meters, Register, find_meters
+from edgert.errors import UsageError
+from edgert.placement import Plan
 
+CPU, NPU = DeviceConfig("CPU", "f32"), DeviceConfig("NPU", "f16")
 SHORT = ("--prompt-tokens", "10", "--new-tokens", "5", "--repeat", "3", "--idle", "0")
 
 
@@ -28,6 +32,10 @@ def a_joule_a_read(*domains: str) -> Meters:
         return Counter(domain, f"made-up {domain}", [Register(lambda: 1e6 * next(values), None)], resolution_uj=61)
 
     return Meters([meter(domain, count()) for domain in domains], [Absence("npu", "there is none")])
+
+
+def energy(domain: str) -> Energy:
+    return Energy(domain, 1e6, None, 1.0, "estimated", "made up", None)
 
 
 def test_speed(capsys: pytest.CaptureFixture[str], demo_path: Path) -> None:
@@ -116,6 +124,20 @@ def test_declared_watts(
     assert energy["decode_w"]["median"] == pytest.approx(15.5, rel=0.05)
     assert energy["total"]["decode"]["provenance"] == "estimated"
     assert "declared CPU, estimated" in run(capsys, *arguments)[1]
+    with_base = json.loads(run(capsys, *arguments, "--watts", "base=4", "--json")[1])["energy"]
+    assert with_base["decode_w"]["median"] == pytest.approx(19.5, rel=0.05)
+
+
+def test_declared_watts_count_in_the_phases_that_use_the_device() -> None:
+    plan = Plan.from_configs([CPU] * 3, "a test", decode=[CPU, NPU, NPU])
+    results = [energy(domain) for domain in ("package", "declared CPU", "declared NPU", "declared base")]
+    prefill, decode = (bench._of(results, placements) for placements in plan.phases.values())
+    assert [e.domain for e in prefill] == ["package", "declared CPU", "declared base"]
+    assert [e.domain for e in decode] == ["package", "declared CPU", "declared NPU", "declared base"]
+    bench._check_watts({}, plan)
+    bench._check_watts({"CPU": 15, "NPU": 4}, plan)
+    with pytest.raises(UsageError, match="uses NPU too"):
+        bench._check_watts({"CPU": 15, "base": 3}, plan)
 
 
 def test_emulated_devices_have_no_speed_and_no_joules(
@@ -161,11 +183,13 @@ def test_one_new_token(capsys: pytest.CaptureFixture[str], demo_path: Path, monk
         (["--idle", "nan"], "--idle is nan, the least is 0"),
         (["--prompt-tokens", "999999999999"], "the context holds 1024"),
         (["--watts", "CPU=15"], "add --energy"),
-        (["--energy", "--watts", "CPU"], "expected DEVICE=WATTS"),
-        (["--energy", "--watts", "=5"], "expected DEVICE=WATTS"),
-        (["--energy", "--watts", "CPU=much"], "expected DEVICE=WATTS"),
+        (["--energy", "--watts", "CPU"], "expected NAME=WATTS"),
+        (["--energy", "--watts", "=5"], "expected NAME=WATTS"),
+        (["--energy", "--watts", "CPU=much"], "expected NAME=WATTS"),
+        (["--energy", "--watts", "CPU=nan"], "expected NAME=WATTS with watts above 0"),
         (["--energy", "--watts", "NPU=5"], "--watts NPU: the plan does not use it; it uses CPU"),
-        (["--energy", "--watts", "CPU=nan"], "declared watts of CPU are nan"),
+        (["--energy", "--watts", "base=5"], "--watts: the plan uses CPU too; declare what it draws"),
+        (["--energy", "--watts", "CPU=2000"], "declared watts of CPU are 2000"),
     ],
 )
 def test_wrong_arguments(

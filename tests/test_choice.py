@@ -39,6 +39,7 @@ def test_the_best_plan_depends_on_the_objective(demo_path: Path, known: Callable
     frugal = edgert.load(demo_path, objective="tokens_per_joule")
     assert [str(config) for config in fast.plan.configs] == ["CPU@f32+dq"]
     assert [str(config) for config in frugal.plan.configs] == ["CPU@f32"]
+    assert "was not measured on CPU@f32+dq" in fast.plan.warnings[-1]
     assert fast.generate("Once", max_tokens=4).timings.new_tokens == 4
 
 

@@ -328,7 +328,8 @@ def test_a_whole_model_tells_how_much_faster_its_blocks_are_in_place() -> None:
 def test_measured_energy_is_taken_as_it_is() -> None:
     signature = GRAPH.blocks[0].signature
     costs = Costs(GRAPH, machine({A: UNIT}, measurements=tuple(rows(A, signature, {(1, 5): 30.0}, energy_uj=11.0))))
-    assert costs.block_uj(0, A, 1, 5) == 11
+    assert costs.block_us(0, A, 1, 5) == 23  # net of the launch
+    assert costs.block_uj(0, A, 1, 5) == pytest.approx(11 * 23 / 30)
     assert costs.block_uj(1, A, 1, 5) == pytest.approx(2 * costs.block_us(1, A, 1, 5))
 
 

@@ -103,6 +103,16 @@ def test_panther_lake_takes_the_gpu_from_telemetry(tmp_path: Path, find: Callabl
     assert by_domain(window.results)["igpu"].provenance == "measured"
 
 
+def test_a_zone_that_has_never_counted_hides_no_other_source(tmp_path: Path, find: Callable[..., Meters]) -> None:
+    machine = lunar_lake(tmp_path)
+    machine.set_uj("intel-rapl:0:1", 0)
+    meters = find(machine)
+    assert sources(meters)["igpu"] == "PMT telem1 0x3072005 at 0x5c8, voltage regulator"
+    assert "igpu" not in reasons(meters)
+    machine.set_uj("intel-rapl:0:0", 0)
+    assert "energy_uj is 0: it has never counted" in reasons(find(machine))["cores"]
+
+
 def test_total_is_never_a_sum_of_nested_domains(tmp_path: Path, find: Callable[..., Meters], watch: Watch) -> None:
     machine = meteor_lake(tmp_path)
     with find(machine).measure() as window:
@@ -178,7 +188,7 @@ def test_wrap(tmp_path: Path, find: Callable[..., Meters], watch: Watch) -> None
 
 def test_counters_are_read_often_enough_for_wraps(tmp_path: Path, find: Callable[..., Meters]) -> None:
     machine = meteor_lake(tmp_path)
-    machine.zone("intel-rapl:0", "package-0", 0, range_uj=65_532_610_987)  # steps of 2^-16 J
+    machine.zone("intel-rapl:0", "package-0", 1, range_uj=65_532_610_987)  # steps of 2^-16 J
     intervals = {meter.domain: meter.max_interval_s for meter in find(machine).present}
     assert intervals["psys"] == pytest.approx(131.07, abs=0.01)  # 262144 J at 1000 W, twice
     assert intervals["package"] == pytest.approx(32.77, abs=0.01)
@@ -408,6 +418,25 @@ def test_a_thread_reads_in_between(watch: Watch) -> None:
     assert len(set(reads)) == 2
     assert by_domain(window.results)["npu"].energy_uj == len(reads) - 2  # the first two are the meter's and the start's
     assert not [t for t in threading.enumerate() if t is not threading.current_thread() and t.ident in reads]
+
+
+def test_a_meter_is_read_only_as_often_as_it_needs() -> None:
+    """A battery every second: that must not read counters that last for minutes."""
+    reads = {"battery": 0, "package": 0}
+    enough = threading.Event()
+
+    def meter(domain: str, interval_s: float) -> Counter:
+        def read() -> float:
+            reads[domain] += 1
+            if reads["battery"] == 12:
+                enough.set()
+            return float(reads[domain])
+
+        return Counter(domain, "a counter", [Register(read, None)], max_interval_s=interval_s)
+
+    with Meters([meter("battery", 1e-4), meter("package", 1e4)]).measure():
+        assert enough.wait(30)
+    assert reads["package"] == 3  # when found, at the start and at the end
 
 
 def test_a_counter_that_vanishes(tmp_path: Path, find: Callable[..., Meters], watch: Watch) -> None:

@@ -73,7 +73,7 @@ def test_more_memory_never_fits_less(capsys: Capture, machine: Path) -> None:
         models = fit(capsys, machine, "--memory", memory)["models"]
         here = {(row["model"], row["weights"]) for row in models if row["why_not"] is None}
         assert fitting < here
-        room = (float(memory) - 4) * 1e9
+        room = (float(memory) - 4) * 2**30
         assert all((row["memory_bytes"] <= room) == (row["why_not"] is None) for row in models)
         assert sorted(row["why_not"] is not None for row in models) == [row["why_not"] is not None for row in models]
         fitting = here
@@ -89,7 +89,8 @@ def test_context_and_reserve(capsys: Capture, machine: Path) -> None:
     assert over["why_not"] == "its context holds 40960 tokens"
     assert over["decode_tokens_per_second"] is None
     full = fit(capsys, machine, "--memory", "16", "--reserve", "14", *arguments)["models"][0]
-    assert full["why_not"] == "more than the 2.0 GB that are left"
+    assert full["why_not"] == "more than the 2.0 GiB that are left"
+    assert short["notes"] == []
 
 
 def test_objectives_choose_among_devices(capsys: Capture, tmp_path: Path) -> None:
@@ -98,8 +99,30 @@ def test_objectives_choose_among_devices(capsys: Capture, tmp_path: Path) -> Non
     one = ("--model", "llama 3.2 1b", "--weights", "int4")
     assert fit(capsys, both, *one)["models"][0]["config"] == "NPU@f16"
     assert fit(capsys, both, *one, "--objective", "latency")["models"][0]["config"] == "CPU@f32+dq"
-    # Static shapes hold the weights twice: 1.6 GB are enough for the CPU only.
+    # Static shapes hold the weights twice: 1.6 GiB are enough for the CPU only.
     assert fit(capsys, both, *one, "--memory", "5.6")["models"][0]["config"] == "CPU@f32+dq"
+
+
+def test_weights_that_a_configuration_is_reckoned_with(capsys: Capture, tmp_path: Path) -> None:
+    """An NPU keeps INT4 packed with one scale a row only; one rate for products is that of compressed weights."""
+    machine = write(tmp_path, [device("cpu"), device("npu", config="NPU@f16", active_w=2, precision="f16")])
+    int4, fp16 = fit(
+        capsys, machine, "--memory", "64", "--model", "llama 3.2 1b", "--weights", "int4", "--weights", "fp16"
+    )["models"]
+    assert (int4["config"], fp16["config"]) == ("NPU@f16", "NPU@f16")
+    assert [len(int4["notes"]), len(fp16["notes"])] == [1, 1]
+    assert "one scale a row" in int4["notes"][0]
+    assert "compressed weights" in fp16["notes"][0]
+    entry = find(["Llama 3.2 1B"])[0]
+    (alone,) = fit(
+        capsys, write(tmp_path, [device("cpu")]), "--memory", "64", "--model", "llama 3.2 1b", "--weights", "int4"
+    )["models"]
+    assert alone["notes"] == []
+    grouped, packed = (
+        sum(b.total_weight_bytes for b in entry.shape("int4", group_size=g).graph.blocks[1:]) for g in (128, -1)
+    )
+    assert packed < 0.98 * grouped
+    assert int4["decode_tokens_per_second"] == pytest.approx(GBPS * 1e9 / (packed + 2048 * 32768), rel=0.02)
 
 
 def test_joules_that_are_not_known(capsys: Capture, tmp_path: Path) -> None:
@@ -120,7 +143,8 @@ def test_table(capsys: Capture, machine: Path) -> None:
     assert text.index("Qwen3") < text.index("does not fit") < text.index("Llama 4 Scout 109B-A17B, int4")
     for words in (
         "Times are modelled, joules modelled, by the profile of Testbox. assumed", "CPU@f32+dq (modelled): made up",
-        "4 GB are assumed to go elsewhere", "experts stay at INT8", "shapes by quotation", "12.0 GB are left",
+        "as 4 are assumed to go elsewhere", "experts stay at INT8", "shapes by quotation", "12.0 are left",
+        "a prompt of 1024 in chunks of 256", "has the electricity of their prompts in it. An API may charge", "FP16's",
     ):  # fmt: skip
         assert words in text
     assert main(["fit", "--profile", str(machine), "--memory", "400", "--model", "qwen3 8b"]) == 0
@@ -150,7 +174,7 @@ def test_profiles_that_come_with_edgert(capsys: Capture) -> None:
         (["--memory", "16", "--price-kwh", "-0.1"], "--price-kwh is -0.1"),
         (["--memory", "16", "--api-price", "inf"], "--api-price is inf"),
         (["--memory", "16", "--model", "no such"], "'no such' is not in the catalogue"),
-        ([], "does not say how much memory there is; give --memory GB"),
+        ([], "does not say how much memory there is; give --memory GIB"),
     ],
 )
 def test_arguments(arguments: list[str], message: str, capsys: Capture, machine: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -16,13 +17,14 @@ import pytest
 from edgert import architecture, profile
 from edgert.cli import main
 from edgert.cli.model import find_model
-from edgert.cli.picture import Point, bars_svg, palette, plan_svg, points_svg, rows, ticks, tornado_svg
-from edgert.cli.report import duration
+from edgert.cli.picture import GREY, Point, bars_svg, palette, plan_svg, points_svg, rows, ticks, tornado_svg
+from edgert.cli.report import Study, duration, proof, study_html
 from edgert.cost import Costs, Workload
 from edgert.device import DeviceConfig
 from edgert.errors import UsageError
 from edgert.placement import Plan
 from edgert.prediction import predict
+from edgert.scheduler import Constraints, schedule, sensitivity
 
 DEMO_CONFIG = Path(__file__).parents[1] / "examples" / "models" / "bookworm" / "config.json"
 CPU, GPU, NPU = (DeviceConfig.parse(name) for name in ("CPU", "GPU", "NPU"))
@@ -96,7 +98,9 @@ class Page(HTMLParser):
             self.headings.append(data)
 
 
-def test_every_way_to_name_a_model(config: Path, demo_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_to_name_a_model(
+    config: Path, demo_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = find_model(str(demo_path))
     assert bundle.bundle is not None
     assert bundle.graph == bundle.bundle.graph
@@ -121,6 +125,11 @@ def test_every_way_to_name_a_model(config: Path, demo_path: Path, monkeypatch: p
         find_model("them/none")
     with pytest.raises(UsageError, match=r"no bundle or config.json .* a hub id would be ORGANISATION/NAME"):
         find_model("no such model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for local in ("them/gone.edge", "them/gone.json", "models/Some-Model"):
+        with pytest.raises(UsageError, match="looks like a file of this machine"):
+            find_model(local)
     assert len(asked) == 2
 
 
@@ -240,6 +249,8 @@ def test_where_the_energy_is_not_known(
     code, _, err = run(capsys, config, "--profile", powerless)
     assert code == 2
     assert "NPU@f16: active_w" in err
+    assert "--forbid NPU@f16 leaves out" in err
+    assert planned(capsys, config, "--profile", powerless, "--forbid", "NPU@f16")["prediction"]["energy_uj"]
     page = tmp_path / "p.html"
     code, out, _ = run(
         capsys, config, "--profile", powerless, "--objective", "latency", "--device", "NPU", "--html", page
@@ -279,7 +290,139 @@ def test_the_prompt_fits_the_context(capsys: pytest.CaptureFixture[str], config:
     assert load["prompt_tokens"] + load["new_tokens"] <= 512
     code, _, err = run(capsys, config, "--profile", "lunarlake", "--prompt", 500, "--new", 13)
     assert code == 2
-    assert "513 tokens; the model's context holds 512" in err
+    assert "are 513; the context holds 512" in err
+
+
+def test_the_machines_memory_is_a_limit(capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Path) -> None:
+    known = profile.find("lunarlake")
+    free = planned(capsys, config, "--profile", "lunarlake", "--objective", "latency")
+    assert free["constraints"]["max_memory_bytes"] == known.memory_bytes
+    assert any("by its profile; --memory" in note for note in free["notes"])
+    needed = {b["name"]: sum(b["prediction"]["memory_bytes"].values()) for b in free["baselines"]}
+    least, most = min(needed.values()), max(needed.values())
+    assert least < most
+
+    path = tmp_path / "small.json"
+    replace(known, memory_bytes=(least + most) // 2).write(path)
+    tight = planned(capsys, config, "--profile", path, "--objective", "latency")
+    assert sum(tight["prediction"]["memory_bytes"].values()) <= (least + most) // 2
+    broken = {b["name"] for b in tight["baselines"] if any("max_memory_bytes" in why for why in b["broken"])}
+    assert broken == {name for name, bytes_ in needed.items() if bytes_ > (least + most) // 2}
+    more = planned(capsys, config, "--profile", path, "--objective", "latency", "--memory", 64)
+    assert more["constraints"]["max_memory_bytes"] == 64 * 10**9
+    assert not any("by its profile" in note for note in more["notes"])
+
+    replace(known, memory_bytes=least // 2).write(path)
+    code, _, err = run(capsys, config, "--profile", path)
+    assert code == 2
+    assert "max_memory_bytes is what" in err
+    assert "--memory says otherwise" in err
+
+
+def test_names_of_devices_are_those_of_the_profile(capsys: pytest.CaptureFixture[str], config: Path) -> None:
+    lake = ["--profile", "lunarlake", "--prompt", 64, "--new", 8]
+    plain = planned(capsys, config, *lake, "--forbid", "GPU@f16+static", "--memory", "NPU=0.001")
+    other = planned(capsys, config, *lake, "--forbid", "GPU.0@f16+static", "--memory", "NPU.0=0.001")
+    assert plain["plan"] == other["plan"]
+    assert other["constraints"]["forbidden"] == ["GPU@f16+static"]
+    assert other["constraints"]["max_device_memory_bytes"] == {"NPU": 10**6}
+    assert not any("changes nothing" in note for note in (*plain["notes"], *other["notes"]))
+    absent = planned(capsys, config, *lake, "--forbid", "NPU.1", "--memory", "GPU.2=4", "--forbid", "CPU@bf61")
+    assert [note.partition(" changes nothing")[0] for note in absent["notes"] if "changes nothing" in note] == [
+        "--memory GPU.2", "--forbid NPU.1", "--forbid CPU@bf61",
+    ]  # fmt: skip
+
+
+def test_an_encoder_generates_nothing(
+    capsys: pytest.CaptureFixture[str], config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = find_model(str(config))
+    encoder = replace(known, bundle=SimpleNamespace(facts=SimpleNamespace(task="encoder")))
+    monkeypatch.setattr("edgert.cli.plan.find_model", lambda *_: encoder)
+    monkeypatch.setattr("edgert.cli.plan._recipe", lambda *_: [])
+    lake = [config, "--profile", "lunarlake", "--objective", "latency"]
+    assert planned(capsys, *lake)["prediction"]["load"]["new_tokens"] == 1
+    assert planned(capsys, *lake, "--new", 1)["prediction"]["load"]["new_tokens"] == 1
+    code, _, err = run(capsys, *lake, "--new", 5)
+    assert code == 2
+    assert "--new is 5" in err
+    assert "is an encoder" in err
+
+
+def test_one_new_token_has_no_decode(
+    capsys: pytest.CaptureFixture[str], config: Path, powerless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    page, one = tmp_path / "p.html", ["--objective", "latency", "--new", 1, "--explain"]
+    code, out, err = run(capsys, config, "--profile", powerless, *one, "--html", page)
+    assert code == 0, err
+    assert "seconds of decode" in Page(page.read_text("utf-8")).text
+    explained = out[out.index("runners-up") :]
+    assert "nowhere" not in explained
+    assert explained.count("@") < run(capsys, config, "--profile", powerless, *one[:2], "--explain")[1][
+        out.index("runners-up") :
+    ].count("@")
+
+
+def study(objective: Any = "latency", given: Plan | None = None, **limits: Any) -> Study:
+    shape = architecture.from_config(QWEN)
+    costs, load = Costs(shape.graph, profile.find("lunarlake")), Workload(512, 16)
+    found = schedule(costs, objective, Constraints(**limits), load)
+    plan = given or found.plan
+    return Study("m", shape.graph, costs.profile, found, plan, predict(costs, plan, load))
+
+
+def test_baselines_come_by_the_objective() -> None:
+    for objective, figure in (("tokens_per_joule", "energy_uj"), ("latency", "total_us"), ("throughput", "decode_us")):
+        found = study(objective, forbidden=("NPU",)).lines[1:]
+        fair = [getattr(line.prediction, figure) for line in found if not line.broken]
+        assert len(fair) >= 4
+        assert fair == sorted(fair)
+        marks = [bool(line.broken) for line in found]
+        assert any(marks)
+        assert marks == sorted(marks)
+
+
+def test_the_gap_is_told_above_the_bound() -> None:
+    found = replace(study().schedule, value=2e6, bound=1e6, gap=0.5)
+    assert proof(found).startswith("at most 100.00% above 1 s,")
+    assert proof(replace(found, bound=2e6, gap=0.0)).startswith("proved")
+
+
+def test_what_cannot_be_chosen_is_grey_and_on_no_front() -> None:
+    good = [Point("a", 1.0, 4.0, "#111111", True), Point("b", 3.0, 2.0, "#222222", False)]
+    svg = points_svg([*good, Point("c", 0.5, 1.0, "#333333", False, out=True)], "x", "y")
+    fills = [e.attrib["fill"] for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("circle")]
+    assert fills == ["#111111", "#222222", GREY]
+
+    def front(text: str) -> str:
+        return re.findall(r'<path d="([^"]+)"[^>]*stroke-dasharray', text)[0]
+
+    assert front(svg) == front(points_svg(good, "x", "y"))
+    page = study_html(study(forbidden=("GPU",)))
+    assert f'fill="{GREY}"><title>GPU@f16' in page
+
+
+def test_a_given_plan_that_breaks_a_limit_says_so(capsys: pytest.CaptureFixture[str], config: Path) -> None:
+    lake = ["--profile", "lunarlake", "--prompt", 64, "--new", 8, "--device", "NPU"]
+    assert planned(capsys, config, *lake)["given"]["broken"] == []
+    assert planned(capsys, config, *lake, "--forbid", "NPU")["given"]["broken"] == ["NPU is forbidden"]
+    assert "x given: NPU is forbidden" in run(capsys, config, *lake, "--forbid", "NPU")[1]
+
+
+def test_runners_up_are_the_scheduled_plans() -> None:
+    own = study()
+    told = "Where a block of the scheduled plan, not of the given one would run"
+    assert told not in study_html(own)
+    assert told in study_html(study(given=Plan.single(own.graph, NPU)))
+
+
+def test_a_change_that_is_not_known_is_no_change() -> None:
+    own = study()
+    row = next(r for r in sensitivity(Costs(own.graph, own.profile), own.plan, "latency", load=Workload(512, 16)))
+    page = study_html(replace(own, sensitivity=(replace(row, factor=0.8, kept=2 * own.schedule.value, again=None),)))
+    assert "+100.0% / –" in page
+    assert "+0.0%" not in page
 
 
 @pytest.mark.parametrize(
@@ -301,6 +444,8 @@ def test_the_prompt_fits_the_context(capsys: pytest.CaptureFixture[str], config:
         (["CONFIG", "--explain"], "--explain needs --profile"),
         (["CONFIG", "--new", "3"], "--new needs --profile"),
         (["CONFIG", "--profile", "lunarlake", "--memory", "NPU=much"], "--memory is 'NPU=much'"),
+        (["CONFIG", "--profile", "lunarlake", "--memory", "=5"], "--memory is '=5'"),
+        (["CONFIG", "--profile", "lunarlake", "--memory", "NPU@f16=5"], "'NPU@f16' is no device"),
         (["DEMO", "--weights", "int4"], "--weights is int4"),
         (["BROKEN", "--profile", "lunarlake"], "broken.json: Expecting property name"),
         (["EMPTY", "--profile", "lunarlake"], "hidden_size"),
@@ -388,6 +533,11 @@ def test_charts_stay_within_their_frames() -> None:
                if e.tag.endswith("circle")]  # fmt: skip
     assert circles[0][0] < circles[1][0] < circles[2][0]
     assert circles[1][1] > circles[2][1] > circles[0][1]  # y grows downwards
+
+
+def test_a_chart_of_nothing_has_an_axis() -> None:
+    assert ticks(0.0) == [0.0, 1.0]
+    assert points_svg([Point("a", 1.0, 0.0, "#000", True)], "x", "y").count("<circle") == 1
 
 
 @pytest.mark.parametrize("largest", [1e-7, 0.999, 1.0, 3.7, 10.0, 12345.6])

@@ -14,20 +14,22 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from edgert import backends, conditions, executor, profiler
+from edgert import backends, conditions, executor, memory, profiler
 from edgert.backends.simulated import Clock, SimulatedBackend
 from edgert.bundle import Bundle
 from edgert.cost import Costs, Work, Workload, block_us
 from edgert.device import DeviceConfig
 from edgert.energy import Meters
-from edgert.errors import BundleError, DeviceError, UnknownDeviceError, UsageError
+from edgert.errors import BundleError, DeviceError, DeviceFailedError, UnknownDeviceError, UsageError
 from edgert.graph import BlockGraph
-from edgert.placement import Plan
+from edgert.grid import Grid
+from edgert.placement import Plan, own_blocks
 from edgert.prediction import predict
 from edgert.profile import DeviceModel, Measurement, Profile, Slowdown
-from edgert.profiler import Grid, Profiler
+from edgert.profiler import Profiler
 from edgert.rates import fit, launch_us
 from edgert.samples import Raw, summary
+from edgert.shapes import StaticShapes
 
 FAST = DeviceModel("fast", 2.0, 30.0, 150.0, 0.5, 6.0, 0.0, "f32", "modelled", "made up", kv_gbps=1.0, score_gops=20.0)
 SLOW = replace(FAST, name="slow", bandwidth_gbps=0.7, compute_gops=11.0, launch_us=40.0)
@@ -59,7 +61,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
         "time",
         SimpleNamespace(perf_counter=virtual.now_s, monotonic=time.monotonic, sleep=lambda _s: None),
     )
-    monkeypatch.setattr(profiler, "_eviction", lambda: lambda: None)
+    monkeypatch.setattr(profiler, "eviction", lambda: lambda: None)
     monkeypatch.setattr(profiler, "bandwidth_gbps", lambda: 30.0)
     return virtual
 
@@ -99,7 +101,7 @@ def test_what_was_measured_predicts_what_the_device_takes(bundle: Bundle, clock:
     for config, model in ((A, FAST), (B, SLOW)):
         rates = found.model(config)
         assert rates is not None
-        assert rates.launch_us == pytest.approx(model.launch_us, rel=0.06)  # and what crosses a boundary
+        assert rates.launch_us == pytest.approx(model.launch_us, rel=0.12)  # and what crosses a boundary
         assert rates.transfer_gbps == pytest.approx(model.transfer_gbps, rel=0.02)
         assert rates.provenance == "modelled"
         assert rates.active_w is None
@@ -123,8 +125,8 @@ def test_identical_blocks_are_measured_once(bundle: Bundle, clock: VirtualClock)
     distinct = {block.signature for block in graph.blocks}
     assert len(calls) <= len(distinct) + 2  # one of each, the one that computes masks for it, the whole
     assert {m.block for m in found.measurements} == distinct | {graph.signature}
-    assert found.covers(graph, A)
-    assert not found.covers(graph, B)
+    assert found.covers(graph.blocks, A)
+    assert not found.covers(graph.blocks, B)
 
 
 def test_measuring_goes_on_where_it_was_interrupted(bundle: Bundle, clock: VirtualClock, tmp_path: Path) -> None:
@@ -148,12 +150,12 @@ def test_measuring_goes_on_where_it_was_interrupted(bundle: Bundle, clock: Virtu
     second.discard()
     assert not partial.exists()
     partial.write_text("no JSON")
-    assert measure(bundle, A, grid=replace(GRID, rounds=1), partial=partial).covers(graph_of(bundle), A)
+    assert measure(bundle, A, grid=replace(GRID, rounds=1), partial=partial).covers(graph_of(bundle).blocks, A)
 
 
 def test_a_budget_that_is_used_up_ends_with_a_whole_profile(bundle: Bundle, clock: VirtualClock) -> None:
     found = measure(bundle, A, grid=replace(GRID, passes=9, rounds=9), budget_s=1e-9)
-    assert found.covers(graph_of(bundle), A)
+    assert found.covers(graph_of(bundle).blocks, A)
     whole = graph_of(bundle).signature
     assert {m.runs for m in found.measurements if m.tokens > 1 and m.block == whole} == {1}
 
@@ -189,20 +191,50 @@ def test_watts_are_those_above_the_machine_at_rest(bundle: Bundle, clock: Virtua
     model = found.model(A)
     assert model is not None
     assert model.active_w == pytest.approx(12)
+    said = predict(Costs(graph_of(bundle), found), Plan.single(graph_of(bundle), A), Workload(32, 8, 32))
+    assert said.energy_uj == pytest.approx(17 * said.total_us, rel=1e-3)  # launches and cold caches are not in twice
     for m in found.measurements:
         if m.block == graph_of(bundle).signature:
             assert m.energy_uj == pytest.approx(12 * m.latency_us, rel=1e-6)
 
 
+def test_static_shapes_are_measured_in_their_own_sizes(bundle: Bundle, clock: VirtualClock) -> None:
+    static, graph = DeviceConfig("CPU", "f32+static"), graph_of(bundle)
+    grid = Grid(contexts=(16,), chunks=(8, 64), passes=1, steps=2, rounds=1)
+    found = measure(bundle, static, grid=grid, shapes=StaticShapes((64,), (128, 256)))
+    assert {(m.tokens, m.past) for m in found.measurements if m.block == graph.signature} == {(1, 128), (64, 128)}
+    own = own_blocks(graph, static)
+    assert len(own) == len(graph.blocks) - 1  # the lookup stays on the host
+    assert found.covers(own, static)
+    assert graph.blocks[0].signature not in {m.block for m in found.measurements}
+
+
+def test_a_device_that_fails_costs_only_itself(bundle: Bundle, clock: VirtualClock) -> None:
+    round_of = Profiler._round
+
+    def failing(self: Profiler, config: DeviceConfig, idle: object) -> None:
+        if config == A:
+            raise DeviceFailedError("SIM@fast failed: lost")
+        round_of(self, config, idle)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Profiler, "_round", failing)
+        found = measure(bundle, A, B, grid=replace(GRID, rounds=1))
+        assert found.configs == (B,)
+        assert "SIM@fast was not measured: SIM@fast failed: lost" in found.warnings
+        with pytest.raises(DeviceFailedError, match="lost"):
+            measure(bundle, A)
+
+
 def test_declared_watts_are_estimates(bundle: Bundle, clock: VirtualClock) -> None:
-    found = measure(bundle, A, grid=replace(GRID, rounds=1), declared_w={"SIM": 9.0, "base": 4.0})
+    found = measure(bundle, A, grid=replace(GRID, rounds=1)).declared({"SIM": 9.0, "base": 4.0})
     model = found.model(A)
     assert model is not None
     assert (model.active_w, model.provenance_of("active_w")) == (9.0, "estimated")
     assert (found.base_w, found.base_provenance) == (4.0, "estimated")
     said = predict(Costs(graph_of(bundle), found), Plan.single(graph_of(bundle), A), Workload(32, 8, 32))
     assert said.energy_uj == pytest.approx(13 * said.total_us, rel=1e-3)
-    assert said.energy_provenance == "estimated"
+    assert said.energy_provenance == "modelled"  # the times are of no real device
 
 
 def test_an_error_of_a_block_is_its_own(bundle: Bundle, clock: VirtualClock) -> None:
@@ -226,7 +258,7 @@ class Run:
     began = threading.Event()
 
     def __init__(self, name: str) -> None:
-        self.name, self.infer_us = name, 0.0
+        self.name, self.infer_us, self.past = name, 0.0, 0
 
     def forward(self, _tokens: object) -> None:
         background = threading.current_thread() is not threading.main_thread()
@@ -310,16 +342,16 @@ def test_the_launch_is_what_cutting_costs(bundle: Bundle) -> None:
     blocks = {(b.signature, 1, 16 if b.states else 0): 50.0 + 10 * (b.kind == "ffn") for b in graph.blocks}
     ffns = sum(b.kind == "ffn" for b in graph.blocks)
     whole = {(graph.signature, 1, 16): 50.0 * len(graph.blocks) + 10 * ffns - 30.0 * (len(graph.blocks) - 1)}
-    assert launch_us(blocks, whole, graph, 1) == pytest.approx(30)
-    assert launch_us({}, whole, graph, 1) == 0
+    assert launch_us(blocks, whole, graph.blocks, 1) == pytest.approx(30)
+    assert launch_us({}, whole, graph.blocks, 1) == 0
     whole = dict.fromkeys(whole, 1.0)  # less than is possible: no more than what the fastest block takes
-    assert launch_us(blocks, whole, graph, 1) == 50
+    assert launch_us(blocks, whole, graph.blocks, 1) == 50
 
 
 def test_doubts_are_told(bundle: Bundle) -> None:
-    raw = Raw(whole={("model", 1, 8): [1.0, 5.0, 9.0, 2.0]}, drifts=[1.4])
-    found = summary(A, raw, graph_of(bundle), {}).warnings
-    assert "SIM@fast got 40% slower within a run" in found[0]
+    raw = Raw(whole={("model", 1, 8): [1.0, 5.0, 9.0, 2.0]}, paces=[10.0, 11.0, 14.0])
+    found = summary(A, raw, graph_of(bundle)).warnings
+    assert "SIM@fast was 40% slower at the end than at the beginning" in found[0]
     assert "SIM@fast: 1 of 1 times are unsteady" in found[1]
     assert Raw.from_json(raw.to_json()) == raw
 
@@ -354,23 +386,29 @@ def test_this_machine_has_conditions(tmp_path: Path) -> None:
     for number, size in enumerate(("48K", "2048K", "36M", "odd")):
         (cache / f"index{number}").mkdir(parents=True)
         (cache / f"index{number}" / "size").write_text(f"{size}\n")
-    assert profiler.last_level_cache(tmp_path) == 36 * 2**20
-    assert profiler.last_level_cache(tmp_path / "none") == 64 * 2**20
+    assert memory.last_level_cache(tmp_path) == 36 * 2**20
+    assert memory.last_level_cache(tmp_path / "none") == 64 * 2**20
 
 
 def test_what_two_profiles_of_a_machine_know(tmp_path: Path) -> None:
     def row(config: str, block: str, latency_us: float) -> Measurement:
         return Measurement(config, block, 1, 0, latency_us, 0.0, None, 1, "measured")
 
-    old = Profile(2, "m", (FAST, SLOW), base_w=4.0, measurements=(row("SIM@fast", "x", 1), row("SIM@slow", "x", 2)))
-    new = Profile(
-        2, "m", (replace(FAST, launch_us=9.0),), measurements=(row("SIM@fast", "x", 3), row("SIM@fast", "y", 4))
-    )
+    warned = ("SIM@fast: odd", "SIM@slow: odd")
+    before = (row("SIM@fast", "x", 1), row("SIM@slow", "x", 2))
+    old = Profile(2, "m", (FAST, SLOW), base_w=4.0, measurements=before, warnings=warned, source="a")
+    after = (row("SIM@fast", "x", 3), row("SIM@fast", "y", 4))
+    new = Profile(2, "m", (replace(FAST, launch_us=9.0),), measurements=after, source="b")
     both = old.joined(new)
     assert [(m.config, m.block, m.latency_us) for m in both.measurements] == [
         ("SIM@slow", "x", 2), ("SIM@fast", "x", 3), ("SIM@fast", "y", 4),
     ]  # fmt: skip
-    assert [d.launch_us for d in both.devices] == [40.0, 9.0]
+    assert [d.launch_us for d in both.devices] == [9.0, 40.0]
     assert both.base_w == 4.0
+    assert both.warnings == ("SIM@slow: odd",)
+    assert both.joined(new).source == "a; b"
+    small = replace(new, measurements=(row("SIM@fast", "z", 0.5),))
+    assert [d.launch_us for d in both.joined(small).devices] == [9.0, 40.0]
+    assert [d.launch_us for d in old.joined(small).devices] == [FAST.launch_us, 40.0]  # of the larger model
     both.write(tmp_path / "p.json")
     assert Profile.read(tmp_path / "p.json") == both

@@ -129,16 +129,22 @@ def test_reference_profiles_hold_what_was_fitted() -> None:
         if model.provenance_of("bandwidth_gbps") == "published":
             assert model.bandwidth_gbps == pytest.approx(fitted.bandwidth_gbps, rel=0.02), model.name
             looked_at += 1
-        # Lunar Lake's CPU takes its operations a second from elsewhere, as its source says.
-        if model.provenance_of("compute_gops") == "published" and model.name != "lunarlake-cpu":
+        if model.provenance_of("compute_gops") == "published":
             assert model.compute_gops == pytest.approx(fitted.compute_gops, rel=0.02), model.name
+        spreads = validation.spreads([run for run in own if not run.foreign])
+        for number, spread in zip(("bandwidth_gbps", "compute_gops"), spreads, strict=True):
+            if model.provenance_of(number) == "published":
+                low, high = model.ranges[number]
+                assert low <= spread[0], (model.name, number)
+                assert spread[1] <= high, (model.name, number)
     assert looked_at == 9
 
 
 def test_what_is_predicted_and_what_is_missed() -> None:
     _, runs = validation.read()
     found = []
-    for own in validation.by_device(runs).values():
+    devices = validation.by_device(runs)
+    for own in devices.values():
         half, rest = validation.split(own)
         found += validation.checks(rest, validation.fit(half))
     decode = [check for check in found if check.what == "decode"]
@@ -158,6 +164,20 @@ def test_what_is_predicted_and_what_is_missed() -> None:
     assert shares["GPU", "decode"] > 0.9
     assert shares["GPU", validation.PHASES[1]] > 0.5
     assert shares["NPU", "decode"] == 0.5
+    unpredicted = [c for c in found if c.predicted_ms is None]
+    assert [(c.run.machine, c.published_ms, c.missed) for c in unpredicted] == [
+        ("Core Ultra 9 185H", 4860, True),
+        ("Core Ultra 7 155H", 8790, True),
+    ]
+    published = sum(len(run.tpot_ms) + len(run.prompts) for o in devices.values() for run in validation.split(o)[1])
+    assert len(found) == published  # none is left out
+
+
+def test_what_one_soc_says_of_the_next_rests_on_usual_runs() -> None:
+    _, runs = validation.read()
+    usual = [run for run in runs if not run.foreign]
+    key = ("NPU", "meteorlake", "arrowlake")
+    assert validation.carried(runs)[key] == validation.carried(usual)[key]
 
 
 def test_the_page_is_what_the_runs_say() -> None:
@@ -219,3 +239,5 @@ def test_the_page_of_the_claims_says_that_all_is_modelled() -> None:
     assert "**Everything here is modelled.**" in text.split("##")[0]
     assert f"median of {claims.DRAWS} draws" in text
     assert (ROOT / "docs" / "claims.svg").exists()
+    for part in (claims.scheduled(), claims.published_precision()):  # no draws in these
+        assert part in text, "run benchmarks/claims.py again"

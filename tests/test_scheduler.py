@@ -38,10 +38,7 @@ def model_of(rng: np.random.Generator, layers: int) -> BlockGraph:
     for _ in range(layers):
         if len(blocks) == 1 or rng.random() < 0.5:
             attention, ffn = sizes(1), sizes(3)
-            states = {
-                "kv_bytes_per_token": int(rng.integers(1, 9) * 2048),
-                "recurrent_bytes": int(rng.integers(0, 2) * 999),
-            }
+            states = {"kv_bytes_per_token": int(rng.integers(1, 9) * 2048)}
         blocks.append(replace(block(len(blocks), BlockKind.ATTENTION, **attention, **states), states=("k", "v")))
         blocks.append(block(len(blocks), BlockKind.FFN, **ffn))
     blocks.append(block(len(blocks), BlockKind.HEAD, **sizes(2)))
@@ -162,7 +159,7 @@ def test_the_sum_along_a_path_is_what_is_predicted(seed: int, data: st.DataObjec
     ]
     assert min(sets) == pytest.approx(found.energy_uj, rel=1e-9)
     for device, size in found.memory_bytes.items():
-        assert totals[f"memory {device}"] <= size + len(costs.graph.blocks)  # a prediction counts whole bytes
+        assert abs(totals[f"memory {device}"] - size) <= len(costs.graph.blocks)  # a prediction counts whole bytes
 
 
 @settings(deadline=None, max_examples=30)
@@ -480,6 +477,17 @@ def test_a_model_in_one_piece_runs_in_one_place() -> None:
     assert broken["CPU@f32"] == ()
 
 
+def test_static_shapes_are_not_for_recurrent_states() -> None:
+    costs = costs_of(1, size=5)
+    first, second, *rest = costs.graph.blocks
+    recurrent = replace(costs.graph, blocks=(first, replace(second, recurrent_bytes=999), *rest))
+    found = schedule(Costs(recurrent, costs.profile), load=ONE_CALL)
+    assert not [c for c in found.plan.configs if c.static]
+    broken = {b.name: b.broken for b in found.baselines}
+    assert broken["NPU@f16"] == ("static shapes pad a prompt, which would change a recurrent state",)
+    assert "NPU@f16 -> CPU@f32" not in broken
+
+
 def test_static_shapes_need_somewhere_to_look_embeddings_up() -> None:
     costs = costs_of(0)
     npu = replace(costs.profile.devices[0], config="NPU@f16", precision="f16")
@@ -500,18 +508,17 @@ def test_what_a_profile_that_is_wrong_would_change() -> None:
     costs = costs_of(7, size=3)
     found = schedule(costs, load=ONE_CALL)
     rows = sensitivity(costs, found.plan, load=ONE_CALL)
-    own = [str(c) for c in found.plan.configs]
+    own = {c.unit for c in found.plan.configs}
     for row in rows:
         assert row.again is not None
         assert row.again <= row.kept * (1 + 1e-12)
         assert row.changed == (row.again < row.kept * (1 - 1e-12))
-        name = row.what.split()[0]
-        if name in own or name == "base_w":
+        if row.what.split()[0] in {*own, "base_w"}:
             assert (row.kept < found.value) == (row.factor < 1)
         else:
-            assert row.factor < 1
             assert row.kept == found.value
-    assert {row.what for row in rows} >= {"base_w", f"{own[-1]} time", f"{own[-1]} watts"}
+    units = {c.unit for c in costs.profile.configs}
+    assert {row.what for row in rows} == {"base_w", *(f"{unit} {what}" for unit in units for what in ("time", "watts"))}
     # By a factor of twenty the device that everything runs on is no longer the best.
     rows = sensitivity(costs, found.plan, "latency", load=ONE_CALL, step=0.95)
     assert any(row.changed for row in rows)

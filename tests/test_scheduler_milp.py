@@ -160,9 +160,7 @@ def optimum(costs: Costs, objective: Objective, constraints: Constraints, load: 
 
     memory: dict[str, Terms] = {}
     for (i, c), both in shared.items():
-        states = (0.5 if costs.model(c).precision == "f16" else 1.0) * costs.works[i].state_bytes(
-            load.prompt_tokens + load.new_tokens
-        )
+        states = costs.model(c).kv_width * costs.works[i].kv_bytes_per_token * (load.prompt_tokens + load.new_tokens)
         weights = graph.blocks[i].total_weight_bytes
         once = {where["prefill", i, c]: weights + states, where["decode", i, c]: weights + states}
         saved = {both: -states if c.static else -states - weights}

@@ -480,6 +480,30 @@ def test_a_device_that_another_program_slows_is_left_and_tried_again() -> None:
     assert len(found.switches) <= 1 + 60 / 5
 
 
+def test_plans_on_the_same_hardware_learn_from_each_other() -> None:
+    units = {"a": frozenset({"GPU"}), "b": frozenset({"GPU"}), "c": frozenset({"CPU"})}
+
+    def chosen(units: dict[str, frozenset[str]]) -> list[str]:
+        three = [Candidate(n, us, 1.0, units.get(n, frozenset())) for n, us in (("a", 1.0), ("b", 1.2), ("c", 2.0))]
+        switcher, names = Switcher(three, dwell_us=0.0, margin=0.0, forget_us=1e9), []
+        for at in range(6):
+            names.append(switcher.choose(State(float(at))))
+            switcher.observe(names[-1], at + 0.5, 1.0 if names[-1] == "c" else 20.0)  # the GPU is busy
+        return names
+
+    assert chosen(units) == ["a", *"ccccc"]
+    assert chosen({}) == [*"ab", *"cccc"]  # without, b is tried too
+    found = {c.name: c.units for c in candidates(THRIFTY, {**BOTH, "split": SPLIT}, LOAD)}
+    assert found == {"performance": {str(A)}, "battery saver": {str(B)}, "split": {str(A), str(B)}}
+
+
+def test_a_lookup_of_embeddings_is_no_use_of_a_device() -> None:
+    graph = chain(block(0, BlockKind.EMBED, weight_bytes={"u8": 99}), block(1, weight_bytes={"u8": 33}))
+    own = Costs(graph, machine({CPU: UNIT, A: UNIT}))
+    (found,) = candidates(own, {"plan": Plan.from_configs([CPU, A], "test")}, LOAD)
+    assert found.units == {str(A)}
+
+
 def test_switching_serves_more_from_a_battery_than_the_fastest_plan() -> None:
     battery = Environment(battery=Battery(0.3))
     fast = run(STEADY, ON_A, THRIFTY, environment=battery)
@@ -525,6 +549,8 @@ def test_plans_and_places_must_be_known() -> None:
         (lambda: Battery(0.0), "battery: capacity_j is 0.0"),
         (lambda: Battery(1.0, 1.1), "start_share is 1.1, expected 0 to 1"),
         (lambda: poisson(1, 1, 0.0, [LOAD]), "mean_gap_us is 0.0"),
+        (lambda: poisson(1, 1, math.inf, [LOAD]), "mean_gap_us is inf, expected a finite number above 0"),
+        (lambda: poisson(1, 1, 1.0, []), "0 loads, the least is 1"),
     ],
 )
 def test_values_out_of_range(make: Any, message: str) -> None:

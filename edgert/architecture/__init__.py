@@ -89,7 +89,7 @@ def from_config(
     fields = Fields(config)
     between = list(layers(fields))
     hidden, vocab = fields.hidden, fields.size("vocab_size", most=MAX_WIDTH)
-    tied = fields.flag("tie_word_embeddings", default=fields.family.startswith(("gpt2", "gemma", "cohere")))
+    tied = fields.flag("tie_word_embeddings", default=fields.family.startswith(("gpt2", "gemma", "cohere", "smollm3")))
 
     embed = Part(BlockKind.EMBED, [Matrix(vocab, hidden, role="table")])
     head = Part(BlockKind.HEAD, [Matrix(vocab, hidden, role="head")], vectors=hidden * fields.norm_width)
@@ -109,7 +109,7 @@ def from_config(
     if weights == "int4" and any(m.role == "expert" for part in between for m in part.matrices):
         fields.notes.append("experts stay at INT8, as edgert compile leaves them")
     if any(part.window for part in between):
-        fields.notes.append("no keys outside a window are reckoned with; a compiled model may read and hide them")
+        fields.notes.append("keys outside a window take memory but no time; a compiled model may read and hide them")
     if any(part.score_flops and not part.kv for part in between):
         fields.notes.append("reading keys and values that layers share is reckoned once, not for each of them")
     return ModelShape(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgert.cli.options import Subparsers, add_objective, add_placement, console, print_json
-from edgert.energy import Energy, Idle, Meters, find_meters, merge, total, why_unavailable
+from edgert.cli.options import Subparsers, add_objective, add_placement, console, print_json, watts
+from edgert.energy import DECLARED, Energy, Idle, Meters, find_meters, merge, total, why_unavailable
 from edgert.errors import ContextOverflowError, UsageError
+from edgert.placement import Placement, Plan
 from edgert.results import Timings
 from edgert.session import Model, load
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 Series = list[float] | None  # a value of each run; None where some run has none
 
+BASE = "base"  # of --watts: the machine without its devices
 SEEDS = range(8)  # prompts to try until one is not ended early by a stop token
 EPILOG = """\
 examples
@@ -50,7 +52,8 @@ def add_parser(subparsers: Subparsers) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--watts", action="append", default=[], metavar="DEVICE=WATTS",
-        help="with --energy, what a device of the plan draws, e.g. CPU=15; used where nothing can be read; repeatable",
+        help="with --energy, what each device of the plan draws in the phases that use it, e.g. CPU=15, and base=4 for "
+        "the rest of the machine all the time; used where nothing can be read; repeat",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="as JSON, with the values of each run")
     parser.set_defaults(run=run)
@@ -75,8 +78,8 @@ def run(options: argparse.Namespace) -> int:
     for name, least in (("prompt_tokens", 1), ("new_tokens", 1), ("repeat", 1), ("idle", 0)):
         if not getattr(options, name) >= least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(options, name)}, the least is {least}")
-    watts = _watts(options.watts)
-    if watts and not options.energy:
+    declared = watts(options.watts)
+    if declared and not options.energy:
         raise UsageError("--watts: nothing is measured in joules; add --energy")
     with _progress() as say:
         say("loading")
@@ -91,16 +94,14 @@ def run(options: argparse.Namespace) -> int:
         )
         for warning in model.plan.warnings:
             print(f"edgert: warning: {warning}", file=sys.stderr)
-        used = {config.unit for config in model.plan.configs}
-        if other := sorted(watts.keys() - used):
-            raise UsageError(f"--watts {other[0]}: the plan does not use it; it uses {', '.join(sorted(used))}")
+        _check_watts(declared, model.plan)
         wanted = options.prompt_tokens + options.new_tokens
         if wanted > (limit := model.context_length):
             message = f"--prompt-tokens and --new-tokens are {wanted} together, the context holds {limit}"
             raise ContextOverflowError(message, tokens=wanted, limit=limit)
         say("warming up")
         prompt, emulated = _warm_up(model, options.prompt_tokens, options.new_tokens)
-        meters = find_meters(declared_w=watts) if options.energy and not emulated else Meters([])
+        meters = find_meters(declared_w=declared) if options.energy and not emulated else Meters([])
         idle = None
         if meters.present and options.idle:
             say(f"idling for {options.idle:g} s")
@@ -128,17 +129,13 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield lambda doing: bars.update(task, description=f"{doing} …", refresh=True)
 
 
-def _watts(pairs: Sequence[str]) -> dict[str, float]:
-    found = {}
-    for pair in pairs:
-        device, equals, number = pair.partition("=")
-        try:
-            found[device.strip()] = float(number)
-        except ValueError:
-            equals = ""
-        if not equals or not device.strip():
-            raise UsageError(f"--watts is {pair!r}, expected DEVICE=WATTS, e.g. CPU=15")
-    return found
+def _check_watts(declared: Collection[str], plan: Plan) -> None:
+    """Declared watts are for all devices of the plan or for none: one that is left out would count as 0."""
+    used = {config.unit for config in plan.configs}
+    if other := sorted(set(declared) - used - {BASE}):
+        raise UsageError(f"--watts {other[0]}: the plan does not use it; it uses {', '.join(sorted(used))}")
+    if declared and (left_out := sorted(used - set(declared))):
+        raise UsageError(f"--watts: the plan uses {left_out[0]} too; declare what it draws, or it would count as 0")
 
 
 def _warm_up(model: Model, prompt_tokens: int, new_tokens: int) -> tuple[list[int], bool]:
@@ -169,7 +166,14 @@ def _generate(model: Model, prompt: list[int], new_tokens: int, meters: Meters, 
     with meters.measure(idle) as decode:
         for piece in pieces:
             last = piece
-    return Run(last.timings, prefill.results, decode.results)
+    phases = list(model.plan.phases.values())
+    return Run(last.timings, _of(prefill.results, phases[0]), _of(decode.results, phases[-1]))
+
+
+def _of(results: Sequence[Energy], placements: Sequence[Placement]) -> tuple[Energy, ...]:
+    """Without the declared watts of devices that a phase does not use."""
+    counted = {f"{DECLARED}{unit}" for unit in (BASE, *(p.config.unit for p in placements))}
+    return tuple(e for e in results if not e.domain.startswith(DECLARED) or e.domain in counted)
 
 
 def _speeds(runs: Sequence[Run]) -> dict[str, Series]:

@@ -11,10 +11,11 @@ from typing import Any
 from rich import box
 from rich.table import Column, Table
 
-from edgert.architecture import PRECISIONS, ModelShape
+from edgert.architecture import PRECISIONS, Weights
 from edgert.catalogue import CatalogueModel, find
-from edgert.cli.options import Subparsers, console, find_profile, print_json, size
+from edgert.cli.options import Subparsers, console, find_profile, print_json
 from edgert.cost import Costs, Workload
+from edgert.device import DeviceKind
 from edgert.errors import PlanError, UsageError
 from edgert.placement import Plan
 from edgert.prediction import Prediction, memory_bytes, predict
@@ -22,8 +23,14 @@ from edgert.profile import Profile
 from edgert.shapes import StaticShapes
 
 JOULES_PER_KWH = 3.6e6
-RESERVE_GB = 4.0  # an assumption: a desktop with a browser
+GIB = 2**30  # memory is sold so: a 16 GB laptop has 16 GiB
+RESERVE_GIB = 4.0  # an assumption: a desktop with a browser
 OBJECTIVES = ("tokens_per_joule", "latency")  # as `edgert plan` calls them
+PACKED = "INT4 on an NPU is reckoned with one scale a row, which is what NPUs keep packed"
+UNPACKED = (
+    "FP16's prefill is reckoned at the profile's one rate for products; where that was fitted to compressed weights, "
+    "as in the profiles that come with edgert, published runs took up to 1.7 times as long"
+)
 EPILOG = """\
 examples
   edgert fit --profile lunarlake --memory 16
@@ -41,9 +48,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--profile", required=True, metavar="NAME", help="a profile that comes with edgert, a file, or `measured`"
     )
-    parser.add_argument("--memory", type=float, metavar="GB", help="of the machine (default: what its profile says)")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of the machine (default: what its profile says)")
     parser.add_argument(
-        "--reserve", type=float, default=RESERVE_GB, metavar="GB",
+        "--reserve", type=float, default=RESERVE_GIB, metavar="GIB",
         help="of it for the system, other programs and what the runtime needs beside a model (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--model", action="append", metavar="NAME", help="only models with this in their name; repeat")
@@ -76,7 +83,7 @@ class Row:
         price_per_million: of a million new tokens in electricity; None without a price or joules.
         api_ratio: how many times that the price of somebody else's is; None without either.
         provenance, energy_provenance: of the times and the joules, the worst of what they rest on.
-        notes: what was assumed of the model's shape.
+        notes: what was assumed of the model's shape, and of its speed.
     """
 
     model: str
@@ -102,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
     room = _room(options, profile)
     chosen = find(options.model or [])
     rows = [
-        _row(entry, entry.shape(weights), profile, room, options)
+        _row(entry, weights, profile, room, options)
         for entry in chosen
         for weights in PRECISIONS
         if not options.weights or weights in options.weights
@@ -118,8 +125,8 @@ def run(options: argparse.Namespace) -> int:
 def _room(options: argparse.Namespace, profile: Profile) -> int:
     """Bytes that a model may take."""
     if options.memory is None and profile.memory_bytes is None:
-        raise UsageError(f"profile {options.profile} does not say how much memory there is; give --memory GB")
-    memory: float = (profile.memory_bytes or 0) / 1e9 if options.memory is None else options.memory
+        raise UsageError(f"profile {options.profile} does not say how much memory there is; give --memory GIB")
+    memory: float = (profile.memory_bytes or 0) / GIB if options.memory is None else options.memory
     for name, value, least, most in (
         ("--memory", memory, 0.1, 1e6), ("--reserve", options.reserve, 0, 1e6), ("--prompt", options.prompt, 1, 2**20),
         ("--new", options.new, 2, 2**20), ("--context", options.context, 1, 2**20),
@@ -131,25 +138,28 @@ def _room(options: argparse.Namespace, profile: Profile) -> int:
         tokens = options.prompt + options.new
         raise UsageError(f"--prompt and --new are {tokens} tokens together, --context has room for {options.context}")
     reserve: float = options.reserve
-    return round(max(0.0, memory - reserve) * 1e9)
+    return round(max(0.0, memory - reserve) * GIB)
 
 
-def _row(entry: CatalogueModel, shape: ModelShape, profile: Profile, room: int, options: argparse.Namespace) -> Row:
+def _row(entry: CatalogueModel, weights: Weights, profile: Profile, room: int, options: argparse.Namespace) -> Row:
     """What a model would take on the configuration that suits it best, among those that have room for it."""
+    shape = entry.shape(weights)
     facts: dict[str, Any] = {
         "model": entry.name, "weights": shape.weights, "parameters": shape.parameters,
-        "active_parameters": shape.active_parameters, "notes": shape.notes,
+        "active_parameters": shape.active_parameters,
     }  # fmt: skip
     load = Workload(options.prompt, options.new)
     context = shape.context_length
-    costs = Costs(shape.graph, profile, StaticShapes((load.chunk,)).within(max(options.context, load.chunk)))
+    shapes = StaticShapes((load.chunk,)).within(max(options.context, load.chunk))
+    usual, packed = (Costs(s.graph, profile, shapes) for s in (shape, entry.shape(weights, group_size=-1)))
     needed: dict[str, int] = {}
     found: list[tuple[str, Prediction]] = []
     refused = "the profile names no device"
     for config in profile.configs:
-        plan = Plan.single(shape.graph, config)
+        costs = packed if config.kind is DeviceKind.NPU else usual
+        plan = Plan.single(costs.graph, config)
         try:
-            plan.check(shape.graph)
+            plan.check(costs.graph)
         except PlanError as error:
             refused = str(error)
             continue
@@ -157,15 +167,16 @@ def _row(entry: CatalogueModel, shape: ModelShape, profile: Profile, room: int, 
         if needed[str(config)] <= room and (context is None or options.context <= context):
             found.append((str(config), predict(costs, plan, load)))
     if not needed:
-        return Row(**facts, memory_bytes=None, config=None, why_not=refused)
+        return Row(**facts, memory_bytes=None, config=None, why_not=refused, notes=shape.notes)
     if not found:
         least = min(needed, key=lambda name: needed[name])
-        short = f"more than the {size(room)} that are left"
+        short = f"more than the {_gibibytes(room)} GiB that are left"
         why = f"its context holds {context} tokens" if context is not None and context < options.context else short
-        return Row(**facts, memory_bytes=needed[least], config=least, why_not=why)
+        return Row(**facts, memory_bytes=needed[least], config=least, why_not=why, notes=shape.notes)
     config_name, best = min(found, key=lambda item: _rank(item[1], options.objective))
     joules = None if best.energy_uj is None else best.energy_uj / 1e6 / load.new_tokens
     price = None if joules is None or options.price_kwh is None else joules * 1e6 / JOULES_PER_KWH * options.price_kwh
+    notes = [PACKED] * (weights == "int4" and config_name.startswith(DeviceKind.NPU)) + [UNPACKED] * (weights == "fp16")
     return Row(
         **facts,
         memory_bytes=needed[config_name],
@@ -179,6 +190,7 @@ def _row(entry: CatalogueModel, shape: ModelShape, profile: Profile, room: int, 
         api_ratio=options.api_price / price if options.api_price is not None and price else None,
         provenance=best.provenance,
         energy_provenance=best.energy_provenance,
+        notes=(*shape.notes, *notes),
     )
 
 
@@ -191,8 +203,8 @@ def _rank(prediction: Prediction, objective: str) -> tuple[float, float]:
 def _conditions(options: argparse.Namespace, profile: Profile, room: int) -> dict[str, Any]:
     return {
         "machine": profile.machine, "room_bytes": room, "context": options.context, "prompt_tokens": options.prompt,
-        "new_tokens": options.new, "objective": options.objective, "price_kwh": options.price_kwh,
-        "api_price": options.api_price,
+        "new_tokens": options.new, "chunk_tokens": Workload.chunk, "objective": options.objective,
+        "price_kwh": options.price_kwh, "api_price": options.api_price,
     }  # fmt: skip
 
 
@@ -207,7 +219,7 @@ def _print(
     priced = options.price_kwh is not None
     compared = priced and options.api_price is not None
     fitting = [row for row in rows if row.why_not is None]
-    headings = ["GB", "prefill\ntok/s", "TTFT\ns", "decode\ntok/s", "J per\ntoken"]
+    headings = ["GiB", "prefill\ntok/s", "TTFT\ns", "decode\ntok/s", "J per\ntoken"]
     headings += ["price of\n10^6"] * priced + ["API\ncosts"] * compared
     table = Table(
         *(Column(name, overflow="fold") for name in ("model", "on")),
@@ -219,7 +231,7 @@ def _print(
         table.add_column(heading, justify="right", no_wrap=True)
     for row in fitting:
         cells = [
-            _gigabytes(row.memory_bytes),
+            _gibibytes(row.memory_bytes),
             _number(row.prefill_tokens_per_second),
             _number(None if row.ttft_ms is None else row.ttft_ms / 1e3),
         ]
@@ -227,22 +239,25 @@ def _print(
         cells += [_number(row.price_per_million)] * priced
         cells += ["?" if row.api_ratio is None else f"{_number(row.api_ratio)} x"] * compared
         table.add_row(f"{row.model}, {row.weights}", row.config, *cells)
-    rest = Table("model", Column("GB", justify="right"), "why not", title="does not fit", style="dim")
+    rest = Table("model", Column("GiB", justify="right"), "why not", title="does not fit", style="dim")
     rest.box, rest.padding = box.SIMPLE_HEAD, (0, 1, 0, 0)
     for row in rows[len(fitting) :]:
-        rest.add_row(f"{row.model}, {row.weights}", _gigabytes(row.memory_bytes), row.why_not, style="dim")
+        rest.add_row(f"{row.model}, {row.weights}", _gibibytes(row.memory_bytes), row.why_not, style="dim")
     out = console()
     for part in (table, rest):
         if part.row_count:
             out.print(part)
     out.print(
-        f"GB: weights (twice where shapes are static), keys and values for {options.context} tokens, by each model's "
-        f"shape; {size(room)} are left of the machine's, as {options.reserve:g} GB are assumed to go elsewhere."
+        f"GiB: weights (twice where shapes are static), keys and values for {options.context} tokens, by each model's "
+        f"shape; {_gibibytes(room)} are left of the machine's, as {options.reserve:g} are assumed to go elsewhere."
     )
     out.print(
-        f"Speed and energy: a prompt of {options.prompt} and {options.new} new tokens; joules are all that the machine "
-        f"draws, by new token. Best for {options.objective} among single devices."
+        f"Speed and energy: a prompt of {options.prompt} in chunks of {Workload.chunk}, and {options.new} new tokens; "
+        f"joules are all that the machine draws, by new token. Best for {options.objective} among single devices."
     )
+    if priced:
+        apart = " An API may charge prompts apart from that." if compared else ""
+        out.print(f"The price of 10^6 new tokens has the electricity of their prompts in it.{apart}")
     times, joules = ({getattr(row, name) for row in rows} - {None} for name in ("provenance", "energy_provenance"))
     said = f"Times are {_listed(times)}, joules {_listed(joules)}, by the profile of {profile.machine}."
     out.print(said + (f" {profile.source}" if profile.source else ""))
@@ -250,14 +265,15 @@ def _print(
         if any(row.config == str(model.device) for row in fitting):
             out.print(f"  {model.device} ({model.provenance}): {model.source}", style="dim")
     for note in dict.fromkeys(note for row in rows for note in row.notes):
-        out.print(f"note: {note}: {', '.join(dict.fromkeys(row.model for row in rows if note in row.notes))}")
+        whose = ", ".join(dict.fromkeys(row.model for row in rows if note in row.notes))
+        out.print(f"note: {note}" if note in {PACKED, UNPACKED} else f"note: {note}: {whose}")
     unverified = [entry.name for entry in chosen if not entry.verified]
     if unverified:
         out.print(f"note: shapes by quotation or a library's defaults: {', '.join(unverified)}")
 
 
-def _gigabytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e9:.1f}"
+def _gibibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / GIB:.1f}"
 
 
 def _listed(words: set[Any]) -> str:

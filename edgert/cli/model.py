@@ -41,7 +41,8 @@ def find_model(source: str, weights: Weights | None = None) -> PlannedModel:
         weights: precision of a model without weights; None is `int4`. A bundle has its own.
 
     Raises:
-        UsageError: it is none of them; or `weights` is given for a bundle.
+        UsageError: it is none of them; or `weights` is given for a bundle. The hub is not asked for what looks like a
+            local file: a name that ends in `.edge` or `.json`, or begins with a folder that is there.
         BundleError: the bundle is damaged or has no blocks.
     """
     path = Path(source)
@@ -60,6 +61,8 @@ def find_model(source: str, weights: Weights | None = None) -> PlannedModel:
     tried = "no bundle or config.json is there, and the catalogue does not have it"
     if not _HUB_ID.fullmatch(source):
         raise UsageError(f"model {source!r}: {tried}; a hub id would be ORGANISATION/NAME")
+    if source.endswith((".edge", ".json")) or Path(source.partition("/")[0]).is_dir():
+        raise UsageError(f"model {source!r}: {tried}; it looks like a file of this machine, so the hub is not asked")
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:

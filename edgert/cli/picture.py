@@ -166,25 +166,30 @@ def bars_svg(bars: Mapping[str, Mapping[str, float]], colours: Mapping[str, str]
     return _svg(shown, y + 6, max(_WIDTH, x))
 
 
-def tornado_svg(changes: Mapping[str, tuple[float, float]], colours: tuple[str, str], labels: tuple[str, str]) -> str:
+def tornado_svg(
+    changes: Mapping[str, Sequence[float | None]], colours: tuple[str, str], labels: tuple[str, str]
+) -> str:
     """Two bars a row to the left and right of zero: relative changes, e.g. 0.1 for a tenth more.
 
     Args:
-        changes: by name of a row its two changes.
+        changes: by name of a row its two changes; None for one that is not known.
         colours, labels: of the first and of the second of them.
     """
     shown = []
     for i, (colour, label) in enumerate(zip(colours, labels, strict=True)):
         shown += [_rect(10 + i * 240, 8, 12, 12, colour), _text(27 + i * 240, 19, label)]
-    largest = max([1e-9, *(abs(c) for pair in changes.values() for c in pair)])
+    largest = max([1e-9, *(abs(c) for pair in changes.values() for c in pair if c is not None)])
     middle, reach, y = 500.0, 180.0, 32.0
     for name, pair in changes.items():
         shown.append(_text(250, y + 12, _short(name, 38), anchor="end"))
         for i, change in enumerate(pair):
+            if change is None:
+                continue
             wide = reach * abs(change) / largest
             x = middle if change > 0 else middle - wide
             shown.append(_rect(x, y + i * _BAR / 2, wide, _BAR / 2, colours[i], f"{name}, {labels[i]}: {change:+.1%}"))
-        shown.append(_text(middle + reach + 8, y + 12, f"{pair[0]:+.1%} / {pair[1]:+.1%}", kind="faint"))
+        told = " / ".join("–" if change is None else f"{change:+.1%}" for change in pair)
+        shown.append(_text(middle + reach + 8, y + 12, told, kind="faint"))
         y += _ROW
     shown.append(f'<path d="M{middle:g} 28V{y:g}" class="line"/>')
     return _svg(shown, y + 6, _WIDTH + 40)
@@ -199,6 +204,7 @@ class Point:
         x, y: finite.
         colour: of its mark.
         labelled: whether its name stands beside it.
+        out: whether it is grey and on no front, because it cannot be chosen.
     """
 
     name: str
@@ -206,10 +212,15 @@ class Point:
     y: float
     colour: str
     labelled: bool
+    out: bool = False
 
 
 def points_svg(points: Sequence[Point], x_title: str, y_title: str) -> str:
-    """Points with axes from zero, and the steps of their Pareto front: less is better on both."""
+    """Points with axes from zero, and the steps of the Pareto front of those that can be chosen: less is better on both.
+
+    Args:
+        points: at least one that can be chosen.
+    """
     left, right, top, bottom = 70.0, _WIDTH - 30.0, 14.0, 300.0
     x_ticks, y_ticks = ticks(max(p.x for p in points)), ticks(max(p.y for p in points))
 
@@ -229,7 +240,7 @@ def points_svg(points: Sequence[Point], x_title: str, y_title: str) -> str:
         f"{escape(y_title)}</text>"
     )
     front: list[Point] = []
-    for p in sorted(points, key=lambda p: (p.x, p.y)):
+    for p in sorted((p for p in points if not p.out), key=lambda p: (p.x, p.y)):
         if not front or p.y < front[-1].y:
             front.append(p)
     steps = [place(p.x, p.y) for p in front]
@@ -240,7 +251,8 @@ def points_svg(points: Sequence[Point], x_title: str, y_title: str) -> str:
         x, y = place(p.x, p.y)
         tip = f"<title>{escape(p.name)}: {p.x:.4g}, {p.y:.4g}</title>"
         radius = 6 if p.labelled else 4
-        shown.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{p.colour}">{tip}</circle>')
+        colour = GREY if p.out else p.colour
+        shown.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}">{tip}</circle>')
         if p.labelled:
             name = _short(p.name)
             wide = 7.0 * len(name)
@@ -261,7 +273,9 @@ def points_svg(points: Sequence[Point], x_title: str, y_title: str) -> str:
 
 
 def ticks(largest: float) -> list[float]:
-    """Round numbers from 0 to at least `largest`, which is above 0."""
+    """Round numbers from 0 to at least `largest`, or to 1 where that is 0."""
+    if not largest:
+        return [0.0, 1.0]
     rough = largest / 5
     scale = 10.0 ** math.floor(math.log10(rough))
     step = next(scale * m for m in (1, 2, 5, 10) if scale * m >= rough * (1 - 1e-9))

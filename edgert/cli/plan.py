@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -24,12 +25,13 @@ from edgert.cli.picture import config_columns, plan_svg, rows
 from edgert.cli.report import FIGURES, Line, Study, figures
 from edgert.cost import Costs, Workload
 from edgert.device import DeviceConfig, DeviceKind
-from edgert.errors import BundleError, EdgertError, UsageError, cause
+from edgert.errors import BundleError, EdgertError, PlanError, UsageError, cause
 from edgert.graph import BlockGraph
-from edgert.placement import Plan
-from edgert.prediction import predict
+from edgert.placement import HOST, Plan
 from edgert.profile import Profile
 from edgert.scheduler import OBJECTIVES, Constraints, schedule, sensitivity
+from edgert.scheduler.candidates import Candidates
+from edgert.scheduler.labels import WIDTH
 from edgert.shapes import MAX_BUCKET, MAX_CHUNK, StaticShapes
 
 if TYPE_CHECKING:
@@ -81,7 +83,12 @@ def add_parser(subparsers: Subparsers) -> None:
     group.add_argument("--max-ttft-ms", type=float, metavar="MS", help="the first token comes at the latest after")
     group.add_argument("--max-tpot-ms", type=float, metavar="MS", help="each further token takes at most")
     group.add_argument("--max-watts", type=float, metavar="W", help="mean of the machine")
-    group.add_argument("--memory", action="append", metavar="GB", help="on all devices; DEVICE=GB on one; repeatable")
+    group.add_argument(
+        "--memory",
+        action="append",
+        metavar="GB",
+        help="on all devices (default: what the profile says of the machine); DEVICE=GB on one; repeatable",
+    )
     group.add_argument("--max-error", type=float, metavar="X", help="relative error against CPU@f32, as measured")
     group.add_argument("--forbid", action="append", metavar="DEVICE", help="e.g. NPU or CPU@bf16; repeatable")
     group.add_argument("--require", action="append", metavar="DEVICE", help="some block runs there; repeatable")
@@ -136,18 +143,24 @@ def _given(options: argparse.Namespace, graph: BlockGraph) -> Plan | None:
 
 def _scheduled(options: argparse.Namespace, model: PlannedModel, plan: Plan | None) -> int:
     """The best plan for a machine, or what a given one takes there, beside the baselines."""
-    profile, load, constraints = find_profile(options.profile), _load(options, model), _constraints(options)
+    profile, load = find_profile(options.profile), _load(options, model)
+    constraints, remarks = _constraints(options, profile)
     shapes = StaticShapes((min(max(load.chunk, 2), MAX_CHUNK),)).within(model.context_length or MAX_BUCKET)
     costs = Costs(model.graph, profile, shapes)
-    found = schedule(costs, options.objective, constraints, load)
+    try:
+        found = schedule(costs, options.objective, constraints, load)
+    except PlanError as error:
+        raise PlanError(f"{error}{_way_out(str(error), constraints, profile)}") from error
+    judged = None if plan is None else Candidates(costs, options.objective, constraints, load, WIDTH).judge(plan)
+    prediction, broken = (judged.prediction, judged.broken) if judged else (found.prediction, ())
     plan = _with_warnings(plan or found.plan, model, None if options.profile == "measured" else profile)
-    prediction, notes = predict(costs, plan, load), [*model.notes, *profile.warnings]
+    notes = [*model.notes, *profile.warnings, *remarks]
     needed = sum(prediction.memory_bytes.values())
     if profile.memory_bytes is not None and needed > profile.memory_bytes:
         notes.append(f"the plan needs {size(needed)}, {profile.machine} has {size(profile.memory_bytes)}")
     wanted = options.sensitivity or options.html is not None
     changes = sensitivity(costs, plan, options.objective, constraints, load) if wanted else ()
-    study = Study(model.name, model.graph, profile, found, plan, prediction, changes, tuple(notes))
+    study = Study(model.name, model.graph, profile, found, plan, prediction, broken, changes, tuple(notes))
     _write_files(options, model, plan, report.study_html(study) if options.html is not None else "")
     if options.json:
         print_json(_as_json(study))
@@ -158,45 +171,82 @@ def _scheduled(options: argparse.Namespace, model: PlannedModel, plan: Plan | No
 
 def _load(options: argparse.Namespace, model: PlannedModel) -> Workload:
     """The prompt and its continuation; what is not given is as large as usual and as the model's context allows."""
-    limit = model.context_length or 2**30
-    prompt = options.prompt_tokens if options.prompt_tokens is not None else max(1, min(1024, limit * 3 // 4))
-    new = options.new_tokens if options.new_tokens is not None else max(1, min(256, limit - prompt))
+    new = options.new_tokens
     if model.bundle is not None and model.bundle.facts.task == "encoder":
+        if new not in (None, 1):
+            raise UsageError(f"--new is {new}: {model.name} is an encoder, which generates nothing; the limit is 1")
         new = 1
-    if prompt + new > limit:
-        raise UsageError(
-            f"--prompt {prompt} and --new {new} are {prompt + new} tokens; the model's context holds {limit}"
-        )
-    return Workload(prompt, new, options.chunk)
+    return Workload.fitting(model.context_length, options.prompt_tokens, new, options.chunk)
 
 
-def _constraints(options: argparse.Namespace) -> Constraints:
+def _constraints(options: argparse.Namespace, profile: Profile) -> tuple[Constraints, list[str]]:
+    """What the plan has to keep, and what the reader must know of it."""
+    notes: list[str] = []
+    names = {_plain(name): name for config in profile.configs for name in (str(config), config.device)}
+
+    def named(option: str, name: str) -> str:
+        """The name as the profile has it."""
+        if _plain(name) not in names:
+            notes.append(f"{option} {name} changes nothing: profile {profile.machine} has no such device")
+        return names.get(_plain(name), name)
+
     pool, devices = None, {}
     for text in options.memory:
-        device, _, number = text.rpartition("=")
+        device, equals, number = text.rpartition("=")
+        expected = f"--memory is {text!r}, expected GB or DEVICE=GB"
+        if equals and not device:
+            raise UsageError(expected)
         try:
             limit = int(float(number) * 1e9)
         except (ValueError, OverflowError):
-            raise UsageError(f"--memory is {text!r}, expected GB or DEVICE=GB") from None
+            raise UsageError(expected) from None
         if device:
-            devices[device] = limit
+            devices[named("--memory", device)] = limit
         else:
             pool = limit
-    return Constraints(
+    if pool is None and profile.memory_bytes is not None:
+        pool = profile.memory_bytes
+        notes.append(
+            f"memory: at most {size(pool)}, which {profile.machine} has by its profile; --memory says otherwise"
+        )
+    constraints = Constraints(
         max_ttft_us=None if options.max_ttft_ms is None else options.max_ttft_ms * 1e3,
         max_tpot_us=None if options.max_tpot_ms is None else options.max_tpot_ms * 1e3,
         max_watts=options.max_watts,
         max_memory_bytes=pool,
         max_device_memory_bytes=devices,
         max_error=options.max_error,
-        forbidden=tuple(options.forbid),
-        required=tuple(options.require),
+        forbidden=tuple(named("--forbid", name) for name in options.forbid),
+        required=tuple(named("--require", name) for name in options.require),
     )
+    return constraints, notes
+
+
+def _plain(name: str) -> str:
+    """A device's or configuration's name without the ways to write it: `GPU.0@f16` is `GPU@f16`."""
+    name = str(DeviceConfig.parse(name)) if ":" in name else name
+    return re.sub(r"^([A-Z]+)\.0(?=@|$)", r"\1", name)
+
+
+def _way_out(refusal: str, constraints: Constraints, profile: Profile) -> str:
+    """What to add to a refusal: where a limit came from that nobody gave, and how to do without a device."""
+    added = ""
+    if "max_memory_bytes" in refusal and constraints.max_memory_bytes == profile.memory_bytes:
+        added += f"; max_memory_bytes is what {profile.machine} has by its profile, --memory says otherwise"
+    watts = ("active_w", "idle_w")
+    # The lookup of embeddings stays on the CPU, whatever is forbidden.
+    lacking = [str(c) for c in profile.configs if c != HOST and any(f"{c}: {each}" in refusal for each in watts)]
+    if lacking:
+        added += f"; {' '.join(f'--forbid {name}' for name in lacking)} leaves out what the plan can do without"
+    return added
 
 
 def _as_json(study: Study) -> dict[str, Any]:
     """What the scheduler found; `given` is the plan that was asked about, where that is another one."""
-    given = {"plan": study.plan.to_json(), "prediction": study.prediction.to_json()} if study.given else None
+    shown = {
+        "plan": study.plan.to_json(), "prediction": study.prediction.to_json(), "broken": list(study.broken),
+    }  # fmt: skip
+    given = shown if study.given else None
     return {
         "model": study.name,
         "machine": study.profile.machine,
@@ -239,7 +289,7 @@ def _print_study(options: argparse.Namespace, model: PlannedModel, study: Study)
         _print_rows(
             out,
             report.runner_ups(study, each=each),
-            "runners-up: where else a block would run, at what price",
+            f"runners-up{report.whose(study)}: where else a block would run, at what price",
         )
     if options.sensitivity:
         _print_rows(out, report.changes(study), "if a number of the profile is another one")

@@ -17,9 +17,11 @@ from edgert.cli.options import Subparsers, console, print_json, watts
 from edgert.conditions import conditions, path_of
 from edgert.device import DeviceConfig
 from edgert.energy import find_meters, total
-from edgert.errors import BundleError, UsageError
+from edgert.errors import BundleError, DeviceError, UsageError
+from edgert.grid import QUICK, Grid, default_configs
+from edgert.placement import own_blocks
 from edgert.profile import Profile
-from edgert.profiler import QUICK, Grid, Profiler, default_configs
+from edgert.profiler import Profiler
 
 EPILOG = """\
 examples
@@ -42,7 +44,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--device", action="append", default=[], metavar="DEVICE@VARIANT", help="measure there; repeatable"
     )
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repetitions")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing more after so much time")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="no repetition begins later")
     parser.add_argument("--contexts", type=_numbers, metavar="N,N", help="tokens in the cache for decode")
     parser.add_argument("--chunks", type=_numbers, metavar="N,N", help="new tokens of a prefill call")
     parser.add_argument(
@@ -68,11 +70,26 @@ def run(options: argparse.Namespace) -> int:
     configs = [DeviceConfig.parse(name) for name in options.device] or list(default_configs(devices()))
     grid = QUICK if options.quick else Grid()
     grid = replace(grid, **{k: v for k in ("contexts", "chunks") if (v := getattr(options, k)) is not None})
+    for name in ("contexts", "chunks"):
+        if (given := getattr(options, name)) and given[-1] > bundle.facts.context_length:
+            raise UsageError(f"--{name} goes to {given[-1]}, the model's context holds {bundle.facts.context_length}")
     declared = watts(options.watts)
+    if other := sorted(declared.keys() - {"base", *(config.device for config in configs)}):
+        raise UsageError(f"--watts {other[0]}: neither base nor a device that is measured")
     path = path_of(conditions())
-    known = Profile.read(path) if path.exists() else None
     err = console(stderr=True)
-    missing = configs if options.again or known is None else [c for c in configs if not known.covers(bundle.graph, c)]
+    known: Profile | None = None
+    if path.exists():
+        try:
+            known = Profile.read(path)
+        except DeviceError as error:
+            err.print(f"measured anew: {error}")
+    wanted = () if known is None else (1, *grid.within(bundle.facts.context_length).chunks)
+    missing = []
+    for config in configs:
+        sizes = () if config.static else wanted  # static shapes are measured in sizes of their own
+        if options.again or known is None or not known.covers(own_blocks(bundle.graph, config), config, sizes):
+            missing.append(config)
     if missing:
         meters = find_meters()
         with meters.measure() as window:  # whether they count, before minutes go by
@@ -89,7 +106,6 @@ def run(options: argparse.Namespace) -> int:
                 missing,
                 grid,
                 meters=meters if meters.present else None,
-                declared_w=declared,
                 partial=partial,
                 budget_s=options.budget,
                 progress=lambda text, share: bars.update(task, description=text, completed=share),
@@ -102,6 +118,9 @@ def run(options: argparse.Namespace) -> int:
     else:
         err.print("nothing to measure: this machine's profile has this model already (--again measures it anew)")
     assert known is not None
+    if declared:
+        known = known.declared(declared)
+        known.write(path)
     if options.output is not None:
         known.write(Path(options.output))
     if options.json:
@@ -153,4 +172,7 @@ def _show(profile: Profile, bundle: Bundle, configs: Sequence[DeviceConfig], pat
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers such as 16,64") from None

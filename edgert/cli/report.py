@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Study:
         profile: of the machine that the plan is for.
         schedule: what the scheduler found.
         plan, prediction: the plan that the command gives: the scheduler's, or the one that was asked about.
+        broken: why the scheduler could not choose that plan, a phrase each; empty where it could.
         sensitivity: of it; empty where nobody asked.
         notes: what the reader must know.
     """
@@ -70,6 +72,7 @@ class Study:
     schedule: Schedule
     plan: Plan
     prediction: Prediction
+    broken: tuple[str, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -89,11 +92,21 @@ class Study:
 
     @property
     def lines(self) -> list[Line]:
-        """The plan, the scheduler's where that is another one, and the baselines."""
+        """The plan, the scheduler's where that is another one, and the baselines: the best that can be chosen first."""
+        objective = self.schedule.objective
+
+        def rank(line: Line) -> tuple[bool, float, float]:
+            p = line.prediction
+            if p is None:
+                return True, math.inf, math.inf
+            value = {"tokens_per_joule": p.energy_uj, "throughput": p.decode_us}.get(objective, p.total_us)
+            return bool(line.broken), math.inf if value is None else value, p.total_us
+
         best = Line("scheduled", self.schedule.plan, self.schedule.prediction, chosen=not self.given)
-        given = [Line("given", self.plan, self.prediction, chosen=True)] if self.given else []
+        broken = "; ".join(self.broken)
+        given = [Line("given", self.plan, self.prediction, chosen=True, broken=broken)] if self.given else []
         rest = [Line(b.name, b.plan, b.prediction, broken="; ".join(b.broken)) for b in self.schedule.baselines]
-        return [*given, best, *rest]
+        return [*given, best, *sorted(rest, key=rank)]
 
     @property
     def library(self) -> list[Line]:
@@ -156,33 +169,52 @@ def proof(schedule: Schedule) -> str:
         return "no plan whose devices take turns keeps the limits; in this one some work at the same time"
     bound = amount(schedule, schedule.bound)
     if schedule.gap:
-        return f"at most {schedule.gap:.2%} above {bound}, and no plan whose devices take turns gets below that"
+        above = schedule.value / schedule.bound - 1 if schedule.bound else math.inf
+        return f"at most {above:.2%} above {bound}, and no plan whose devices take turns gets below that"
     return f"proved: no plan whose devices take turns gets below {bound}"
 
 
 def runner_ups(study: Study, *, each: bool) -> list[tuple[str, ...]]:
     """For every block of the scheduler's plan where it would go next, and at what price, with a heading.
 
+    Cells are empty where nothing is decided: in a decode without tokens, or one that goes with the prefill.
+
     Args:
         each: a row for every block, or one for those of which the same is to be said.
     """
     found = {(r.block, r.phase): r for r in study.schedule.runner_ups}
-    limits = study.schedule.constraints
-    least = "≥ " if limits.limits or limits.required else "+"
+    decodes = study.prediction.load.new_tokens > 1
+    least = "≥ " if _tight(study) else "+"
     columns = list(config_columns(study.schedule.plan).values())
     alike: dict[tuple[str, ...], list[Block]] = {}
     for block in study.graph.blocks:
         cells = [block.name if each else block.signature]
         for phase, column in (("prefill", columns[0]), ("decode", columns[-1])):
-            cells.append(column[block.index])
+            cells.append(column[block.index] if phase == "prefill" or decodes else "")
             r = found.get((block.index, phase))
-            if r is None or r.config is None or r.price is None:
+            if r is None:
+                cells += ["", ""]
+            elif r.config is None or r.price is None:
                 cells += ["nowhere", ""]
             else:
                 cells += [r.config, least + amount(study.schedule, r.price)]
         alike.setdefault(tuple(cells), []).append(block)
     rows = [(picture.together(blocks), *cells[1:]) for cells, blocks in alike.items()]
     return [("block", "prefill on", "or", "for", "decode on", "or", "for"), *rows]
+
+
+def _tight(study: Study) -> bool:
+    """Whether a limit may make a block's runner-up dearer than its price says."""
+    keep, load = study.schedule.constraints, study.prediction.load
+    tokens, blocks = load.prompt_tokens + load.new_tokens, study.graph.blocks
+    # No plan holds a block more than twice, once for each phase.
+    most = 2 * sum(b.total_weight_bytes + b.recurrent_bytes + b.kv_bytes_per_token * tokens for b in blocks)
+    return bool(keep.required) or any(n != "max_memory_bytes" or limit < most for n, limit in keep.limits.items())
+
+
+def whose(study: Study) -> str:
+    """Of which plan the runners-up are, where that is not the one that the command gives."""
+    return " of the scheduled plan, not of the given one" if study.given else ""
 
 
 def changes(study: Study) -> list[tuple[str, ...]]:
@@ -210,13 +242,14 @@ def study_html(study: Study) -> str:
     sections = {
         "Blocks": [plan_svg(study.name, study.graph, study.plan, colours),
                    _block_table(study.graph, study.plan, each=each)],
-        "Time and energy": ["<p>Large: the library; small: baselines; the colour is where most blocks run.</p>",
+        "Time and energy": ["<p>Large: the library; small: baselines; the colour is where most blocks run, grey what "
+                            "cannot be chosen.</p>",
                             _front(lines, library, colours)],
         "Where the energy goes": [_energy(lines, colours)],
         "Baselines": [_plans(lines)],
         "Library": ["<p>Plans to switch between at run time.</p>", _plans(library)],
         "Sensitivity": [_tornado(study), _table(changes(study), numbers=(1, 2, 3))],
-        "Runners-up": ["<p>Where a block would run if not where it does, and what that costs.</p>",
+        "Runners-up": [f"<p>Where a block{whose(study)} would run if not where it does, and what that costs.</p>",
                        _table(runner_ups(study, each=each), numbers=(3, 6))],
         "What the numbers rest on": [_sources(study)],
     }  # fmt: skip
@@ -240,7 +273,8 @@ def _front(lines: Sequence[Line], library: Sequence[Line], colours: Mapping[str,
         x, y = (p.total_us, p.energy_uj or 0.0) if energy else (p.prefill_us + p.handover_us, p.decode_us)
         blocks = Counter(config for column in config_columns(plan).values() for config in column)
         labelled = line in library or (line.chosen and not any(other.chosen for other in library))
-        points.append(Point(line.name, x / 1e6, y / 1e6, colours[blocks.most_common(1)[0][0]], labelled))
+        colour = colours[blocks.most_common(1)[0][0]]
+        points.append(Point(line.name, x / 1e6, y / 1e6, colour, labelled, out=bool(line.broken)))
     titles = ("seconds in all", "joules in all") if energy else ("seconds of prefill", "seconds of decode")
     return picture.points_svg(points, *titles)
 
@@ -260,13 +294,13 @@ def _energy(lines: Sequence[Line], colours: Mapping[str, str]) -> str:
 
 def _tornado(study: Study) -> str:
     """By how much the best plan gets better or worse where the profile is wrong."""
-    pairs: dict[str, list[float]] = {}
+    pairs: dict[str, list[float | None]] = {}
     for row in study.sensitivity:
         now = row.kept if row.again is None else row.again
-        pairs.setdefault(row.what, [0.0, 0.0])[row.factor > 1] = now / study.schedule.value - 1
-    ordered = sorted(pairs.items(), key=lambda item: -max(map(abs, item[1])))
+        pairs.setdefault(row.what, [None, None])[row.factor > 1] = now / study.schedule.value - 1
+    ordered = sorted(pairs.items(), key=lambda item: -max(abs(change or 0.0) for change in item[1]))
     colours, labels = ("#56B4E9", "#D55E00"), ("a fifth less", "a fifth more")
-    return picture.tornado_svg({what: (a, b) for what, (a, b) in ordered}, colours, labels)
+    return picture.tornado_svg(dict(ordered), colours, labels)
 
 
 def _plans(lines: Sequence[Line]) -> str:

@@ -17,13 +17,13 @@ from itertools import chain
 from pathlib import Path
 
 from edgert.energy import linux
-from edgert.energy.meter import Absence, Clock, Counter, Declared, Meter, Provenance, Register
+from edgert.energy.meter import DECLARED, Absence, Clock, Counter, Declared, Meter, Provenance, Register
 from edgert.energy.perf import Opener, open_counter
 from edgert.energy.window import Energy, Idle, Meters, Window, merge, total, why_unavailable
 
 __all__ = [
-    "Absence", "Counter", "Declared", "Energy", "Idle", "Meter", "Meters", "Provenance", "Register", "Window",
-    "find_meters", "merge", "total", "why_unavailable",
+    "DECLARED", "Absence", "Counter", "Declared", "Energy", "Idle", "Meter", "Meters", "Provenance", "Register",
+    "Window", "find_meters", "merge", "total", "why_unavailable",
 ]  # fmt: skip
 
 _NO_RAPL = (

@@ -72,6 +72,8 @@ def powercap(root: Path, covered: Collection[str]) -> Iterator[Found]:
                 continue
             try:
                 registers = [_rapl_register(folder) for folder in folders]
+                if not any(register.read_uj() for register in registers):
+                    raise DeviceError(f"{folders[0] / 'energy_uj'} is 0: it has never counted")
             except DeviceError as error:
                 refused.setdefault(domain, str(error))
                 continue

@@ -12,7 +12,7 @@ from edgert.energy.meter import DECLARED, PLAUSIBLE_W, Absence, Clock, Meter, Pr
 from edgert.errors import DeviceError
 
 # Never without power, so a counter of theirs that stands still does not count. An NPU or a GPU may be switched off.
-_ALWAYS_ON = {"psys", "package", "dram", "battery"}
+_ALWAYS_ON = {"psys", "package", "cores", "dram", "battery"}
 _RESET_SLACK_S = 1.0  # counters move in steps, so one may jump by more than the time since the last read allows
 
 
@@ -93,7 +93,7 @@ class Meters:
 
 
 class Window:
-    """A stretch of time. Meters are read at its ends, and between them only as often as one of them needs."""
+    """A stretch of time. Meters are read at its ends, and between them each only as often as it needs."""
 
     def __init__(self, meters: Meters, idle: Idle | None) -> None:
         self._meters = meters
@@ -109,9 +109,8 @@ class Window:
     def __enter__(self) -> Window:
         self._began_s = self._ended_s = self._meters.clock()
         self.sample()
-        intervals = [meter.max_interval_s for meter in self._meters.present if meter.max_interval_s is not None]
-        if intervals:
-            self._thread = threading.Thread(target=self._keep_sampling, args=(min(intervals),), daemon=True)
+        if any(meter.max_interval_s is not None for meter in self._meters.present):
+            self._thread = threading.Thread(target=self._keep_sampling, daemon=True)
             self._thread.start()
         return self
 
@@ -123,15 +122,25 @@ class Window:
             self._thread.join()
         self.sample()
 
-    def _keep_sampling(self, interval_s: float) -> None:
-        while not self._done.wait(interval_s):
-            self.sample()
+    def _keep_sampling(self) -> None:
+        """Read each meter at its own interval: reading costs time, and wakes what it reads."""
+        interval_s = {m.domain: m.max_interval_s for m in self._meters.present if m.max_interval_s is not None}
+        due_s = dict(interval_s)
+        waited_s = 0.0
+        while not self._done.wait(min(due_s.values()) - waited_s):
+            waited_s = min(due_s.values())
+            due = {domain for domain, at_s in due_s.items() if at_s <= waited_s}
+            self._read([meter for meter in self._meters.present if meter.domain in due])
+            due_s |= {domain: waited_s + interval_s[domain] for domain in due}
 
     def sample(self) -> None:
         """Read every meter now."""
+        self._read(self._meters.present)
+
+    def _read(self, meters: Sequence[Meter]) -> None:
         with self._meters.lock:
             self._ended_s = self._meters.clock()
-            for meter in self._meters.present:
+            for meter in meters:
                 if meter.domain not in self._failed:
                     try:
                         self._add(meter)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from itertools import permutations
 from typing import Any
 
@@ -94,7 +95,10 @@ class Schedule:
         prediction: of it.
         value: what was minimised: `energy_uj`, `total_us` or `decode_us` (and a millionth of the time before).
         bound: no plan whose devices take turns gets below it and keeps the constraints; None where none keeps them.
-        gap: the part of `value` that is above `bound`, 0 to 1; 0 is a proof. None where `bound` is.
+        gap: the part of `value` that is above `bound`, 0 to 1; 0 is a proof among plans whose devices take turns.
+            None where `bound` is.
+        overlap: whether chunks of a prefill can keep several devices busy at once; of such plans the likely ones are
+            tried, not all.
         labels: partial plans that the search kept; 0 where it needed none.
         baselines: every configuration, and every pair for prefill and decode.
         library: plans that keep the constraints and are not beaten in time, energy and memory at once (in prefill,
@@ -109,6 +113,7 @@ class Schedule:
     value: float
     bound: float | None
     gap: float | None
+    overlap: bool
     labels: int
     baselines: tuple[Baseline, ...]
     library: tuple[Choice, ...]
@@ -116,7 +121,8 @@ class Schedule:
 
     @property
     def exact(self) -> bool:
-        return self.gap == 0
+        """Whether no plan is better: the gap is 0, and no two devices can work at the same time."""
+        return self.gap == 0 and not self.overlap
 
     def to_json(self) -> dict[str, Any]:
         def shown(one: Baseline | Choice) -> dict[str, Any]:
@@ -129,7 +135,7 @@ class Schedule:
             "constraints": asdict(self.constraints),
             "plan": self.plan.to_json(),
             "prediction": self.prediction.to_json(),
-            **{name: getattr(self, name) for name in ("value", "bound", "gap", "exact", "labels")},
+            **{name: getattr(self, name) for name in ("value", "bound", "gap", "overlap", "exact", "labels")},
             "baselines": [shown(baseline) for baseline in self.baselines],
             "library": [shown(choice) for choice in self.library],
             "runner_ups": [asdict(runner_up) for runner_up in self.runner_ups],
@@ -141,7 +147,7 @@ class Sensitivity:
     """What becomes of a plan if a number of the profile is another one.
 
     Attributes:
-        what: `CONFIGURATION time`, `CONFIGURATION watts` or `base_w`.
+        what: `UNIT time`, `UNIT watts` (of all its configurations: it is the same hardware) or `base_w`.
         factor: by which it is multiplied.
         kept: the objective (`Schedule.value`) of the same plan.
         again: that of the plan that is best then; None where none keeps the constraints.
@@ -186,19 +192,22 @@ def sensitivity(
     *,
     step: float = 0.2,
 ) -> tuple[Sensitivity, ...]:
-    """What becomes of a plan if times, watts or the base are by `step` less or more than the profile says.
-
-    Configurations that the plan does not use only get better: worse they change nothing.
-    """
+    """What becomes of a plan if times, watts or the base are by `step` less or more than the profile says."""
     constraints, load = constraints or Constraints(), load or Workload()
     profile = costs.profile
     changes: list[tuple[str, float, Profile]] = []
-    for config in profile.configs:
-        if hindrance(costs.graph, config) is None and not any(matches(name, config) for name in constraints.forbidden):
-            for factor in (1 - step, 1 + step) if config in plan.configs else (1 - step,):
-                changes.append((f"{config} time", factor, profile.scaled(config, time=factor)))
-                if objective == "tokens_per_joule" or constraints.max_watts:
-                    changes.append((f"{config} watts", factor, profile.scaled(config, power=factor)))
+    usable = [
+        config for config in profile.configs
+        if hindrance(costs.graph, config) is None and not any(matches(name, config) for name in constraints.forbidden)
+    ]  # fmt: skip
+    for unit in dict.fromkeys(config.unit for config in usable):
+        same = [config for config in profile.configs if config.unit == unit]
+        for factor in (1 - step, 1 + step):
+            slower = reduce(lambda p, config: p.scaled(config, time=factor), same, profile)
+            changes.append((f"{unit} time", factor, slower))
+            if objective == "tokens_per_joule" or constraints.max_watts:
+                hungrier = reduce(lambda p, config: p.scaled(config, power=factor), same, profile)
+                changes.append((f"{unit} watts", factor, hungrier))
     if profile.base_w and (objective == "tokens_per_joule" or constraints.max_watts):
         for factor in (1 - step, 1 + step):
             changes.append(("base_w", factor, replace(profile, base_w=profile.base_w * factor, base_range=())))
@@ -222,6 +231,11 @@ class _Task(Candidates):
             f"tokens, on {self.costs.profile.machine}"
         )
 
+    @property
+    def overlap(self) -> bool:
+        """Whether several devices can work at once."""
+        return len(self.load.calls) > 1 and len({config.unit for config in self.prices.configs}) > 1
+
     def schedule(self) -> Schedule:
         baselines = self.baselines()
         optimum = self.optimum()
@@ -242,6 +256,7 @@ class _Task(Candidates):
             value=float(best.value),
             bound=optimum.bound,
             gap=gap,
+            overlap=self.overlap,
             labels=optimum.labels,
             baselines=baselines,
             library=self.library(best, candidates),
@@ -318,11 +333,14 @@ class _Task(Candidates):
         path, found = self.prices.path(best.plan), []
         for phase, name in enumerate(PHASES if self.prices.pairs else PHASES[:1]):
             values = through.min(axis=2 - phase)  # [blocks, n]
+            # Overlap is in the plan's own value, and not in these: compared with that it would be in every price.
+            overlaps = optimum.bound is not None and best.value < optimum.bound * (1 - SLACK)
+            own = values[np.arange(len(path)), path[:, phase]] if overlaps else np.full(len(path), best.value)
             values[np.arange(len(path)), path[:, phase]] = np.inf
             for block, config in enumerate(values.argmin(axis=1)):
                 value = values[block, config]
                 known = bool(np.isfinite(value))
-                price = max(0.0, float(value) - best.value) if known else None
+                price = max(0.0, float(value - own[block])) if known else None
                 found.append(RunnerUp(block, name, str(self.prices.configs[config]) if known else None, price))
         return tuple(found)
 
@@ -332,7 +350,8 @@ class _Task(Candidates):
         least = {name: self.least(name) for name in limits}
         hopeless = [name for name in limits if least[name] > limits[name] * (1 + SLACK)]
         if hopeless:
-            told = "; ".join(f"{name} is {limits[name]:.6g}, the least is {least[name]:.6g}" for name in hopeless)
+            found = "the least that was found is" if self.overlap else "the least is"
+            told = "; ".join(f"{name} is {limits[name]:.6g}, {found} {least[name]:.6g}" for name in hopeless)
             return f"no plan keeps the constraints: {told}"
         wanted = [f"{name} {limits[name]:.6g} (least {least[name]:.6g})" for name in limits]
         wanted += [f"required {name}" for name in self.constraints.required]

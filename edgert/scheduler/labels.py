@@ -172,6 +172,7 @@ class Search:
             return Found(None, np.inf, np.inf, none, 0)
         # What limits are measured against: some are differences, so that `most` says nothing of their size.
         sizes = np.abs(self.rows) @ np.abs(self.chain.totals(path))
+        self.sizes = sizes
         self.slack = _SLACK * np.maximum(sizes[1:], np.abs(self.most))
         self.same = _SAME * np.maximum(sizes, np.append(0.0, np.abs(self.most)))
         if self._offer(path):
@@ -223,7 +224,8 @@ class Search:
         for number in [*range(len(self.most))] * (1 if len(self.most) == 1 else 3):
             current[number] = 0.0
             value, low = self._solve(current)
-            weights = self.rows[1 + number] + _SLACK * self.rows[0]
+            # The least of the limited sum, and among equals the cheapest: in each other's units.
+            weights = self.rows[1 + number] + _SLACK * self.sizes[1 + number] / self.sizes[0] * self.rows[0]
             _, paths = self.chain.cheapest(weights[None], self.mask)
             high = paths[0]
             for _ in range(30):

@@ -80,8 +80,15 @@ def simulate(
 
 def candidates(costs: Costs, plans: Mapping[str, Plan], load: Workload) -> list[Candidate]:
     """What a switcher picks from: plans that are all loaded, and what they take for a typical request."""
-    found = {name: predict(costs, plan, load) for name, plan in plans.items()}
-    return [Candidate(name, p.total_us, expected_uj(costs, plans, name, p)) for name, p in found.items()]
+    found = []
+    for name, plan in plans.items():
+        prediction = predict(costs, plan, load)
+        placements = [p for placements in plan.phases.values() for p in placements]
+        # Looking up embeddings is no use of a device: what slows it down does not slow the plan.
+        busy = [p for p in placements if not all(costs.works[i].idle for i in range(p.first, p.last + 1))]
+        units = frozenset(p.config.unit for p in busy)
+        found.append(Candidate(name, prediction.total_us, expected_uj(costs, plans, name, prediction), units))
+    return found
 
 
 def resident_bytes(costs: Costs, plans: Mapping[str, Plan], context: int, at_once: int = 1) -> int:

@@ -30,10 +30,16 @@ def poisson(seed: int, count: int, mean_gap_us: float, loads: Sequence[Workload]
     """Requests at random times, each of one of `loads`; the same for the same seed.
 
     Args:
-        mean_gap_us: between two arrivals, on average, above 0; gaps are distributed exponentially.
+        mean_gap_us: between two arrivals, on average, finite and above 0; gaps are distributed exponentially.
+        loads: at least one.
+
+    Raises:
+        UsageError: an argument is out of its range.
     """
-    if not mean_gap_us > 0:
-        raise UsageError(f"poisson: mean_gap_us is {mean_gap_us}, expected above 0")
+    if not 0 < mean_gap_us < math.inf:
+        raise UsageError(f"poisson: mean_gap_us is {mean_gap_us}, expected a finite number above 0")
+    if not loads:
+        raise UsageError("poisson: there are 0 loads, the least is 1")
     source = random.Random(seed)
     now_us, requests = 0.0, []
     for _ in range(count):
