@@ -253,6 +253,8 @@ class Costs:
         self.works = [Work.of(block) for block in graph.blocks]
         self._models: dict[DeviceConfig, DeviceModel] = {}
         self._phases: dict[Any, Phase] = {}
+        self._entries: dict[Any, tuple[Entry, ...]] = {}
+        self._weights_read: dict[int, NDArray[np.float64]] = {}
 
     def model(self, config: DeviceConfig) -> DeviceModel:
         """The device model of a configuration. The host's work is small: any configuration of the CPU tells of it."""
@@ -343,6 +345,33 @@ class Costs:
         provenance = self.model(config).provenance
         return Entry(str(config), "rates", "estimated" if provenance == "measured" else provenance)
 
+    def entries(self, first: int, last: int, config: DeviceConfig, tokens: int, past: int) -> tuple[Entry, ...]:
+        """What the times of blocks `first` to `last` rest on, each once."""
+        key = (first, last, config, tokens, past)
+        if key not in self._entries:
+            distinct = {block.signature: block.index for block in self.graph.blocks[first : last + 1]}
+            found = (self.entry(index, config, tokens, past) for index in distinct.values())
+            self._entries[key] = tuple(dict.fromkeys(found))
+        return self._entries[key]
+
+    def read_bytes(self, first: int, last: int, tokens: int, past: int) -> float:
+        """What a call of blocks `first` to `last` reads: weights, and keys and values at f32."""
+        if tokens not in self._weights_read:
+            self._weights_read[tokens] = _sums([work.weights_read(tokens) for work in self.works])
+        weights = self._weights_read[tokens]
+        return float(weights[last + 1] - weights[first]) + self.state_bytes(first, last, tokens + past)
+
+    def state_bytes(self, first: int, last: int, tokens: int) -> float:
+        """The states of blocks `first` to `last`, at f32, when they hold this many tokens."""
+        (growing, fixed), end = self._states, last + 1
+        return float((growing[end] - growing[first]) * tokens + fixed[end] - fixed[first])
+
+    @cached_property
+    def _states(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Sums over blocks: bytes a token, and those that do not grow."""
+        growing = _sums([work.kv_bytes_per_token for work in self.works])
+        return growing, _sums([work.recurrent_bytes for work in self.works])
+
     def error(self, index: int, config: DeviceConfig) -> float | None:
         """The largest measured difference of a block from `CPU@f32`, see `Measurement.error`; None where not known."""
         rows = self._measured.get((str(config), self.graph.blocks[index].signature), [])
@@ -401,6 +430,11 @@ class Costs:
             for key, rows in self._measured.items()
             if all(r.energy_uj is not None for r in rows)
         }
+
+
+def _sums(values: Sequence[float]) -> NDArray[np.float64]:
+    """Of the first 0, 1, 2 … values."""
+    return np.append(0.0, np.cumsum(values))
 
 
 @dataclass(frozen=True, eq=False)

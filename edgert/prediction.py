@@ -124,7 +124,7 @@ def predict(costs: Costs, plan: Plan, load: Workload) -> Prediction:
     for p in dict.fromkeys((*prefill, *decode)):
         if p in prefill and p in decode:  # its keys and values stay where they are
             continue
-        size = sum(costs.works[i].state_bytes(load.prompt_tokens) for i in range(p.first, p.last + 1))
+        size = costs.state_bytes(p.first, p.last, load.prompt_tokens)
         if size:
             latency_us = handover_us(costs.model(p.config), size)
             moved_us += latency_us
@@ -157,18 +157,14 @@ def predict(costs: Costs, plan: Plan, load: Workload) -> Prediction:
         energies.append(profile.base_provenance)
 
     deepest = dict(load.calls)  # the last call of each size
-    signatures = [block.signature for block in graph.blocks]
-    distinct = {  # equal blocks rest on the same
-        (signatures[i], p.config, tokens, past): i
-        for placements, sizes in (
-            (prefill, deepest),
-            (decode, {1: load.prompt_tokens + load.new_tokens - 2} if load.new_tokens > 1 else {}),
-        )
+    last = {1: load.prompt_tokens + load.new_tokens - 2} if load.new_tokens > 1 else {}
+    entries = dict.fromkeys(
+        entry
+        for placements, sizes in ((prefill, deepest), (decode, last))
         for p in placements
         for tokens, past in sizes.items()
-        for i in range(p.first, p.last + 1)
-    }
-    entries = dict.fromkeys(costs.entry(i, config, *size) for (_, config, *size), i in distinct.items())
+        for entry in costs.entries(p.first, p.last, p.config, tokens, past)
+    )
     return Prediction(
         load=load,
         prefill_us=prefill_us,
@@ -205,8 +201,8 @@ def worst(provenances: Any) -> Provenance:
 
 def crossing_bytes(costs: Costs, first: int, last: int) -> int:
     """What crosses the boundaries of a submodel with every token, at f32."""
-    crossing = [0, *(edge.bytes_per_token for edge in costs.graph.edges), 0]
-    return crossing[first] + crossing[last + 1]
+    edges = costs.graph.edges
+    return sum(edge.bytes_per_token for edge in (*edges[max(first - 1, 0) : first], *edges[last : last + 1]))
 
 
 def _beside_us(costs: Costs, p: Placement, tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -226,12 +222,11 @@ def contention(costs: Costs, stages: Sequence[tuple[str, list[Placement]]], load
     configs: dict[str, list[DeviceConfig]] = {}
     tokens, past = load.calls[0]
     for unit, group in stages:
-        blocks = [(i, p.config) for p in group for i in range(p.first, p.last + 1)]
-        if all(costs.works[i].idle for i, _ in blocks):
+        if all(work.idle for p in group for work in costs.works[p.first : p.last + 1]):
             continue  # looking up embeddings hinders nobody
-        configs.setdefault(unit, []).extend(config for _, config in blocks)
-        read = sum(costs.works[i].weights_read(tokens) + costs.works[i].state_bytes(tokens + past) for i, _ in blocks)
-        busy_us = sum(float(costs.block_us(i, config, tokens, past)) for i, config in blocks)
+        configs.setdefault(unit, []).extend(p.config for p in group)
+        read = sum(costs.read_bytes(p.first, p.last, tokens, past) for p in group)
+        busy_us = sum(float(costs.span(p.first, p.last, p.config, "prefill", load).calls_us[0]) for p in group)
         demand_gbps[unit] = max(demand_gbps.get(unit, 0.0), read / max(busy_us, 1e-9) / 1e3)
     common = max(1.0, sum(demand_gbps.values()) / profile.shared_gbps) if profile.shared_gbps else 1.0
     slower = {}

@@ -27,7 +27,7 @@ class Candidate:
         name: unique among the candidates.
         latency_us: of the whole request, above 0.
         energy_uj: of the machine, above 0; None where nobody knows, and then of no candidate.
-        units: the hardware that it uses, as in `DeviceConfig.unit`. What is observed of a plan counts for all plans with
+        units: the hardware that it uses, as in `DeviceConfig.unit`. What is observed of a plan counts for all that use
             the same; empty: for itself only.
     """
 

@@ -26,7 +26,6 @@ from edgert.placement import Placement, Plan
 from edgert.results import Clock
 from edgert.session import Model
 from edgert.shapes import StaticShapes
-from edgert.stages import groups
 
 SHAPES = StaticShapes((16,), (64, 256))
 CONFIGS = ("CPU@f32", "CPU@f32+dq", "CPU@bf16", "CPU@f32+static", "SIM@f16")
@@ -202,7 +201,7 @@ def test_groups(demo: Model) -> None:
     cpu, dq, static = (DeviceConfig("CPU", variant) for variant in ("f32", "f32+dq", "f32+static"))
 
     def limits(plan: Plan) -> list[list[tuple[int, int, str]]]:
-        return [[(p.first, p.last, p.config.variant) for p in phase] for phase in groups(graph, plan)]
+        return [[(p.first, p.last, p.config.variant) for p in phase] for phase in plan.submodels(graph)]
 
     # One phase is not cut further, nor where the configurations have nothing in common.
     assert limits(Plan.single(graph, cpu)) == [[(0, 9, "f32")]]

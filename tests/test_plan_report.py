@@ -18,7 +18,7 @@ from edgert import architecture, profile
 from edgert.cli import main
 from edgert.cli.model import find_model
 from edgert.cli.picture import GREY, Point, bars_svg, palette, plan_svg, points_svg, rows, ticks, tornado_svg
-from edgert.cli.report import Study, duration, proof, study_html
+from edgert.cli.report import Study, duration, proof, runner_ups, study_html
 from edgert.cost import Costs, Workload
 from edgert.device import DeviceConfig
 from edgert.errors import UsageError
@@ -316,7 +316,7 @@ def test_the_machines_memory_is_a_limit(capsys: pytest.CaptureFixture[str], conf
     code, _, err = run(capsys, config, "--profile", path)
     assert code == 2
     assert "max_memory_bytes is what" in err
-    assert "--memory says otherwise" in err
+    assert "--memory GB sets another limit" in err
 
 
 def test_names_of_devices_are_those_of_the_profile(capsys: pytest.CaptureFixture[str], config: Path) -> None:
@@ -349,27 +349,35 @@ def test_an_encoder_generates_nothing(
     assert "is an encoder" in err
 
 
-def test_one_new_token_has_no_decode(
-    capsys: pytest.CaptureFixture[str], config: Path, powerless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    page, one = tmp_path / "p.html", ["--objective", "latency", "--new", 1, "--explain"]
-    code, out, err = run(capsys, config, "--profile", powerless, *one, "--html", page)
-    assert code == 0, err
-    assert "seconds of decode" in Page(page.read_text("utf-8")).text
-    explained = out[out.index("runners-up") :]
-    assert "nowhere" not in explained
-    assert explained.count("@") < run(capsys, config, "--profile", powerless, *one[:2], "--explain")[1][
-        out.index("runners-up") :
-    ].count("@")
-
-
-def study(objective: Any = "latency", given: Plan | None = None, **limits: Any) -> Study:
+def study(objective: Any = "latency", given: Plan | None = None, new: int = 16, **limits: Any) -> Study:
     shape = architecture.from_config(QWEN)
-    costs, load = Costs(shape.graph, profile.find("lunarlake")), Workload(512, 16)
+    costs, load = Costs(shape.graph, profile.find("lunarlake")), Workload(512, new)
     found = schedule(costs, objective, Constraints(**limits), load)
     plan = given or found.plan
     return Study("m", shape.graph, costs.profile, found, plan, predict(costs, plan, load))
+
+
+def test_one_new_token_has_no_decode(
+    capsys: pytest.CaptureFixture[str], config: Path, powerless: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "p.html"
+    code, _, err = run(
+        capsys, config, "--profile", powerless, "--objective", "latency", "--new", 1, "--html", page
+    )  # decode takes no time, and the chart has no energy to show instead
+    assert code == 0, err
+    assert "seconds of decode" in Page(page.read_text("utf-8")).text
+    for new in (1, 2):
+        cells = runner_ups(study(new=new), each=True)[1:]
+        assert all(row[1] and row[2] for row in cells)
+        assert {bool(cell) for row in cells[1:] for cell in row[4:6]} == {new > 1}
+
+
+def test_a_limit_that_may_bind_makes_prices_least_ones() -> None:
+    for memory, sign in ((32 * 10**9, "+"), (10**9, "≥ "), (None, "+")):
+        prices = {row[3] for row in runner_ups(study(max_memory_bytes=memory), each=False)[1:]} - {""}
+        assert prices
+        assert all(price.startswith(sign) for price in prices)
+    assert {r[3][:1] for r in runner_ups(study(max_ttft_us=9e9), each=False)[1:]} <= {"≥", ""}
 
 
 def test_baselines_come_by_the_objective() -> None:

@@ -162,7 +162,7 @@ def test_what_is_predicted_and_what_is_missed() -> None:
         for unit, phase in {(c.run.unit, c.phase) for c in found}
     }
     assert shares["GPU", "decode"] > 0.9
-    assert shares["GPU", validation.PHASES[1]] > 0.5
+    assert shares["GPU", validation.PHASES[1]] > 0.45
     assert shares["NPU", "decode"] == 0.5
     unpredicted = [c for c in found if c.predicted_ms is None]
     assert [(c.run.machine, c.published_ms, c.missed) for c in unpredicted] == [

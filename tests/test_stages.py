@@ -14,7 +14,6 @@ from edgert.errors import PlanError
 from edgert.graph import Block, BlockGraph, BlockKind, Edge
 from edgert.placement import Plan
 from edgert.session import Model
-from edgert.stages import groups
 
 A, B = DeviceConfig("CPU", "f32"), DeviceConfig("SIM", "f32")
 STATIC, NPU = DeviceConfig("CPU", "f32+static"), DeviceConfig("NPU", "f16")
@@ -29,7 +28,7 @@ GRAPH = BlockGraph(
 
 
 def ranges(plan: Plan, starts: set[int] = frozenset()) -> list[list[tuple[int, int]]]:  # type: ignore[assignment]
-    return [[(p.first, p.last) for p in placements] for placements in groups(GRAPH, plan, starts)]
+    return [[(p.first, p.last) for p in placements] for placements in plan.submodels(GRAPH, starts)]
 
 
 def test_a_plan_of_one_device_is_not_cut() -> None:

@@ -216,7 +216,7 @@ class Point:
 
 
 def points_svg(points: Sequence[Point], x_title: str, y_title: str) -> str:
-    """Points with axes from zero, and the steps of the Pareto front of those that can be chosen: less is better on both.
+    """Points with axes from zero, and the steps of their Pareto front, on which less is better on both axes.
 
     Args:
         points: at least one that can be chosen.

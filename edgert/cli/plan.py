@@ -207,7 +207,7 @@ def _constraints(options: argparse.Namespace, profile: Profile) -> tuple[Constra
     if pool is None and profile.memory_bytes is not None:
         pool = profile.memory_bytes
         notes.append(
-            f"memory: at most {size(pool)}, which {profile.machine} has by its profile; --memory says otherwise"
+            f"memory: at most {size(pool)}, which {profile.machine} has by its profile; --memory GB sets another limit"
         )
     constraints = Constraints(
         max_ttft_us=None if options.max_ttft_ms is None else options.max_ttft_ms * 1e3,
@@ -232,7 +232,7 @@ def _way_out(refusal: str, constraints: Constraints, profile: Profile) -> str:
     """What to add to a refusal: where a limit came from that nobody gave, and how to do without a device."""
     added = ""
     if "max_memory_bytes" in refusal and constraints.max_memory_bytes == profile.memory_bytes:
-        added += f"; max_memory_bytes is what {profile.machine} has by its profile, --memory says otherwise"
+        added += f"; max_memory_bytes is what {profile.machine} has by its profile; --memory GB sets another limit"
     watts = ("active_w", "idle_w")
     # The lookup of embeddings stays on the CPU, whatever is forbidden.
     lacking = [str(c) for c in profile.configs if c != HOST and any(f"{c}: {each}" in refusal for each in watts)]
