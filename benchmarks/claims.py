@@ -353,8 +353,8 @@ _TEXT = """# Three claims, simulated
 
 **Everything here is modelled.** Nothing ran on an NPU or a GPU. The devices' rates are fitted to what others published,
 or assumed ([profiles](profiles.md)); [validation](validation.md) says how far off that is: in the median decode on an
-iGPU by 5 %, long prompts by 16 %, short ones by 36 %, decode on an NPU by 31 %. **All watts are assumed**, so the table of energies
-shows what follows from assumptions, and no more.
+iGPU by 5 %, long prompts by 16 %, short ones by 36 %, decode on an NPU by 31 %. **All watts are assumed**, so the table
+of energies shows what follows from assumptions, and no more.
 
 The model is {model} at INT4 with one scale a row, on all devices: NPUs keep no other INT4 packed ([npu](npu.md)).
 Loads: `chat` has 1024 tokens in and 128 out, `long prompt` 4096 and 128, `writing` 128 and 512. Each cell is the

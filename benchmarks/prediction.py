@@ -40,7 +40,7 @@ PROMPTS = ((96, 48), (384, 192))  # tokens and chunk, not in the grid either
 # The two that are each better in one phase; `CPU@f32` is in neither.
 CONFIGS = (DeviceConfig("CPU", "f32+dq"), DeviceConfig("CPU", "bf16"))
 LOAD = Workload(prompt_tokens=512, new_tokens=64, chunk=256)  # for the choice of a plan
-TURNS, STEPS = 3, 8
+TURNS, STEPS = 2, 8
 
 
 @dataclass(frozen=True)
