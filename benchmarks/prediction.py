@@ -2,7 +2,7 @@
 
     python benchmarks/prediction.py [--quick] [--keep FOLDER] [--json FILE]
 
-Each model is profiled as `edgert profile` does it. Then plans, contexts and chunks that the
+Each model is profiled as `edgert profile` does it, with sizes of this file's own. Then plans, contexts and chunks that the
 profile has not seen run, taking turns, and the medians are compared with what the cost model says. Run it alone.
 """
 
