@@ -2,8 +2,8 @@
 
     python benchmarks/prediction.py [--quick] [--keep FOLDER] [--json FILE]
 
-Each model is profiled as `edgert profile` does it, with sizes of this file's own. Then plans, contexts and chunks that the
-profile has not seen run, taking turns, and the medians are compared with what the cost model says. Run it alone.
+Each model is profiled as `edgert profile` does it, with sizes of this file's own. Then plans, contexts and chunks that
+the profile has not seen run, taking turns, and what they took is compared with what the cost model says. Run it alone.
 """
 
 from __future__ import annotations

@@ -234,10 +234,11 @@ def _way_out(refusal: str, constraints: Constraints, profile: Profile) -> str:
     if "max_memory_bytes" in refusal and constraints.max_memory_bytes == profile.memory_bytes:
         added += f"; max_memory_bytes is what {profile.machine} has by its profile; --memory GB sets another limit"
     watts = ("active_w", "idle_w")
-    # The lookup of embeddings stays on the CPU, whatever is forbidden.
-    lacking = [str(c) for c in profile.configs if c != HOST and any(f"{c}: {each}" in refusal for each in watts)]
-    if lacking:
-        added += f"; {' '.join(f'--forbid {name}' for name in lacking)} leaves out what the plan can do without"
+    lacking = [str(c) for c in profile.configs if any(f"{c}: {each}" in refusal for each in watts)]
+    if "base_w" in refusal or len(lacking) == len(profile.configs):
+        added += "; --objective latency needs no watts, and `edgert profile --watts` takes what they are"
+    elif forbidden := [f"--forbid {name}" for name in lacking if name != str(HOST)]:  # there the lookup stays
+        added += f"; {' '.join(forbidden)} leaves out what the plan can do without"
     return added
 
 
