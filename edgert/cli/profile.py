@@ -44,7 +44,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--device", action="append", default=[], metavar="DEVICE@VARIANT", help="measure there; repeatable"
     )
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repetitions")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="no repetition begins later")
+    parser.add_argument("--budget", type=float, default=600.0, metavar="S", help="no repetition begins later (600)")
     parser.add_argument("--contexts", type=_numbers, metavar="N,N", help="tokens in the cache for decode")
     parser.add_argument("--chunks", type=_numbers, metavar="N,N", help="new tokens of a prefill call")
     parser.add_argument(
