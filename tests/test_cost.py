@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgert.cost import Costs, Table, Work, Workload, block_us, call_us, handover_us
+from edgert.cost import Costs, Work, Workload, block_us, call_us, handover_us
 from edgert.device import DeviceConfig
 from edgert.errors import DeviceError, PlanError, UnknownDeviceError, UsageError
 from edgert.graph import Block, BlockGraph, BlockKind, Edge
@@ -21,6 +21,7 @@ from edgert.prediction import Prediction, pipeline_us
 from edgert.prediction import predict as predict_costs
 from edgert.profile import DeviceModel, Measurement, Profile, Slowdown, named, names
 from edgert.shapes import StaticShapes
+from edgert.table import Table
 
 # 1 byte takes 1 us to read and to move, 1 operation 1 us to compute.
 UNIT = DeviceModel("unit", 1e-3, 1e-3, 7.0, 1e-3, 2.0, 0.5, "f32", "modelled", "made up")

@@ -10,6 +10,7 @@ import edgert
 PACKAGE = Path(edgert.__file__).parent
 LAYERS = {
     "errors": -1, "fields": -1, "folders": -1, "device": 0, "graph": 0, "placement": 1, "memory": 1, "grid": 1,
+    "table": 1,
     "chat_template": 1,
     "irgraph": 1, "shapes": 1, "profile": 1, "architecture": 1, "sampling": 2, "text": 2, "bundle": 2, "results": 2,
     "residual": 2, "cost": 2, "switching": 2, "catalogue": 3, "prediction": 3, "energy": 3, "rates": 3, "backends": 3,

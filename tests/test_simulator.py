@@ -161,7 +161,9 @@ def test_what_is_conserved(
     alone = predict(costs, plan, load)
     for config in plan.configs:
         part = str(config)
-        assert found.energy_parts_uj[part] == pytest.approx(len(requests) * alone.energy_parts_uj[part], rel=1e-9)
+        assert found.energy_parts_uj[part] == pytest.approx(
+            len(requests) * alone.energy_parts_uj[part], rel=1e-9, abs=1e-6
+        )
     assert found.energy_parts_uj["base"] == pytest.approx((costs.profile.base_w or 0) * found.end_us, rel=1e-9)
     assert sum(served.energy_uj or 0 for served in found.served) <= (found.energy_uj or 0) * (1 + 1e-9)
     waits_w = {config.unit: costs.model(config).idle_w or 0.0 for config in reversed(plan.configs)}
