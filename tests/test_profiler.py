@@ -13,9 +13,10 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from test_simulated import FakeClock
 
 from edgert import backends, conditions, executor, memory, profiler
-from edgert.backends.simulated import Clock, SimulatedBackend
+from edgert.backends.simulated import SimulatedBackend
 from edgert.bundle import Bundle
 from edgert.cost import Costs, Work, Workload, block_us
 from edgert.device import DeviceConfig
@@ -37,22 +38,9 @@ A, B = DeviceConfig("SIM", "fast"), DeviceConfig("SIM", "slow")
 GRID = Grid(contexts=(16, 64, 200), chunks=(8, 32, 64), passes=1, steps=2, rounds=2)
 
 
-class VirtualClock(Clock):
-    """Time in which nothing takes any but simulated devices."""
-
-    def __init__(self) -> None:
-        self.time_s = 1.0
-
-    def now_s(self) -> float:
-        return self.time_s
-
-    def wait_until(self, deadline_s: float) -> None:
-        self.time_s = max(self.time_s, deadline_s)
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
-    virtual = VirtualClock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    virtual = FakeClock()
     load, backend = backends._load, SimulatedBackend(models=(FAST, SLOW), clock=virtual)
     monkeypatch.setattr(backends, "_load", lambda module: backend if module == "simulated" else load(module))
     monkeypatch.setattr(executor, "time", SimpleNamespace(perf_counter_ns=lambda: round(virtual.time_s * 1e9)))
@@ -80,7 +68,7 @@ def measure(bundle: Bundle, *configs: DeviceConfig, grid: Grid = GRID, **options
     return Profiler(bundle, configs, grid, emulated=True, **options).measure()  # type: ignore[arg-type]
 
 
-def test_what_was_measured_predicts_what_the_device_takes(bundle: Bundle, clock: VirtualClock) -> None:
+def test_what_was_measured_predicts_what_the_device_takes(bundle: Bundle, clock: FakeClock) -> None:
     graph = graph_of(bundle)
     found = measure(bundle, A, B)
     truth = Costs(graph, Profile(2, "truth", (FAST, SLOW), base_w=0.0))
@@ -108,7 +96,7 @@ def test_what_was_measured_predicts_what_the_device_takes(bundle: Bundle, clock:
         assert rates.precision == "f32"
 
 
-def test_identical_blocks_are_measured_once(bundle: Bundle, clock: VirtualClock) -> None:
+def test_identical_blocks_are_measured_once(bundle: Bundle, clock: FakeClock) -> None:
     graph = graph_of(bundle)
     calls: dict[str, int] = {}
     observe = executor.SequenceRun.observe
@@ -129,7 +117,7 @@ def test_identical_blocks_are_measured_once(bundle: Bundle, clock: VirtualClock)
     assert not found.covers(graph.blocks, B)
 
 
-def test_measuring_goes_on_where_it_was_interrupted(bundle: Bundle, clock: VirtualClock, tmp_path: Path) -> None:
+def test_measuring_goes_on_where_it_was_interrupted(bundle: Bundle, clock: FakeClock, tmp_path: Path) -> None:
     partial = tmp_path / "profile.partial"
 
     def interrupted(text: str, _share: float) -> None:
@@ -153,14 +141,14 @@ def test_measuring_goes_on_where_it_was_interrupted(bundle: Bundle, clock: Virtu
     assert measure(bundle, A, grid=replace(GRID, rounds=1), partial=partial).covers(graph_of(bundle).blocks, A)
 
 
-def test_a_budget_that_is_used_up_ends_with_a_whole_profile(bundle: Bundle, clock: VirtualClock) -> None:
+def test_a_budget_that_is_used_up_ends_with_a_whole_profile(bundle: Bundle, clock: FakeClock) -> None:
     found = measure(bundle, A, grid=replace(GRID, passes=9, rounds=9), budget_s=1e-9)
     assert found.covers(graph_of(bundle).blocks, A)
     whole = graph_of(bundle).signature
     assert {m.runs for m in found.measurements if m.tokens > 1 and m.block == whole} == {1}
 
 
-def test_watts_are_those_above_the_machine_at_rest(bundle: Bundle, clock: VirtualClock) -> None:
+def test_watts_are_those_above_the_machine_at_rest(bundle: Bundle, clock: FakeClock) -> None:
     def asleep(seconds: float) -> None:
         clock.time_s += seconds
 
@@ -198,7 +186,7 @@ def test_watts_are_those_above_the_machine_at_rest(bundle: Bundle, clock: Virtua
             assert m.energy_uj == pytest.approx(12 * m.latency_us, rel=1e-6)
 
 
-def test_static_shapes_are_measured_in_their_own_sizes(bundle: Bundle, clock: VirtualClock) -> None:
+def test_static_shapes_are_measured_in_their_own_sizes(bundle: Bundle, clock: FakeClock) -> None:
     static, graph = DeviceConfig("CPU", "f32+static"), graph_of(bundle)
     grid = Grid(contexts=(16,), chunks=(8, 64), passes=1, steps=2, rounds=1)
     found = measure(bundle, static, grid=grid, shapes=StaticShapes((64,), (128, 256)))
@@ -209,7 +197,7 @@ def test_static_shapes_are_measured_in_their_own_sizes(bundle: Bundle, clock: Vi
     assert graph.blocks[0].signature not in {m.block for m in found.measurements}
 
 
-def test_a_device_that_fails_costs_only_itself(bundle: Bundle, clock: VirtualClock) -> None:
+def test_a_device_that_fails_costs_only_itself(bundle: Bundle, clock: FakeClock) -> None:
     round_of = Profiler._round
 
     def failing(self: Profiler, config: DeviceConfig, idle: object) -> None:
@@ -226,7 +214,7 @@ def test_a_device_that_fails_costs_only_itself(bundle: Bundle, clock: VirtualClo
             measure(bundle, A)
 
 
-def test_declared_watts_are_estimates(bundle: Bundle, clock: VirtualClock) -> None:
+def test_declared_watts_are_estimates(bundle: Bundle, clock: FakeClock) -> None:
     found = measure(bundle, A, grid=replace(GRID, rounds=1)).declared({"SIM": 9.0, "base": 4.0})
     model = found.model(A)
     assert model is not None
@@ -237,7 +225,7 @@ def test_declared_watts_are_estimates(bundle: Bundle, clock: VirtualClock) -> No
     assert said.energy_provenance == "modelled"  # the times are of no real device
 
 
-def test_an_error_of_a_block_is_its_own(bundle: Bundle, clock: VirtualClock) -> None:
+def test_an_error_of_a_block_is_its_own(bundle: Bundle, clock: FakeClock) -> None:
     graph = graph_of(bundle)
     found = measure(bundle, A, DeviceConfig("CPU", "bf16") if _has_bf16() else A, grid=replace(GRID, rounds=1))
     costs = Costs(graph, found)
@@ -268,7 +256,7 @@ class Run:
         self.infer_us = 30.0 if self.working - {self.name} else 10.0
 
 
-def test_devices_slow_each_other_down(bundle: Bundle, clock: VirtualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_slow_each_other_down(bundle: Bundle, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def working(step: Callable[[], object]) -> Iterator[None]:
         Run.began.clear()

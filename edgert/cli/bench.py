@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgert.cli.options import Subparsers, add_objective, add_placement, console, print_json, watts
+from edgert.cli.options import Subparsers, add_objective, add_placement, console, placement, print_json, watts
 from edgert.energy import DECLARED, Energy, Idle, Meters, find_meters, merge, total, why_unavailable
 from edgert.errors import ContextOverflowError, UsageError
 from edgert.placement import Placement, Plan
@@ -84,14 +84,7 @@ def run(options: argparse.Namespace) -> int:
     with _progress() as say:
         say("loading")
         # No fallback: a run that another device finished would measure neither.
-        model = load(
-            options.bundle,
-            plan=options.plan,
-            device=options.device,
-            place=options.place,
-            objective=options.objective,
-            fallback=None,
-        )
+        model = load(options.bundle, **placement(options), fallback=None)
         for warning in model.plan.warnings:
             print(f"edgert: warning: {warning}", file=sys.stderr)
         _check_watts(declared, model.plan)

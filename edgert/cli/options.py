@@ -41,6 +41,11 @@ def add_objective(group: Group) -> None:
     )
 
 
+def placement(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_placement` and `add_objective` were given, as `edgert.load` takes it."""
+    return {name: getattr(options, name) for name in ("plan", "device", "place", "objective")}
+
+
 def find_profile(name: str) -> Profile:
     """A profile by name, by file, or `measured` for this machine's own; raises `DeviceError`."""
     if name == "measured":

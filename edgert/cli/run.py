@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from edgert.cli.options import Subparsers, add_objective, add_placement, console, print_json
+from edgert.cli.options import Subparsers, add_objective, add_placement, console, placement, print_json
 from edgert.errors import EmptyPromptError, UsageError
 from edgert.results import Piece
 from edgert.session import Model, Sampling, load
@@ -50,14 +50,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--json: a conversation is no JSON object; give a prompt")
     if prompt is not None and options.system is not None and not options.chat:
         raise UsageError("--system: a prompt that is continued has no system message; add --chat")
-    model = load(
-        options.bundle,
-        plan=options.plan,
-        device=options.device,
-        place=options.place,
-        objective=options.objective,
-        verify=options.verify,
-    )
+    model = load(options.bundle, **placement(options), verify=options.verify)
     for warning in model.plan.warnings:
         print(f"edgert: warning: {warning}", file=sys.stderr)
     sampling: Sampling = {
