@@ -1,0 +1,99 @@
+// QuantizedLinear on AMX: full tiles of 16 rows; fewer rows, as in decode, go the way of AVX-512.
+//
+// A block of packed weights is a tile of AMX as it lies there (16 rows of 4 columns each, 64 bytes a row), INT4 once it
+// is unpacked. Activations of a full tile are kept row by row instead of interleaved: the other operand's form.
+// Tiles and their products: Intel SDM, volume 1, chapter 18 (Programming with Intel AMX).
+
+#pragma once
+
+#include <vector>
+
+#include "linear_kernels.hpp"
+
+namespace edgert {
+namespace {
+
+constexpr std::int64_t kTileColumns = 64;  // bytes of a row of a tile
+
+// The codes of one block as bytes: [padded / 4][16 rows][4].
+template <class S>
+void unpack_block(const Weights& w, std::int64_t block, std::uint8_t* out) {
+    const auto* packed = w.codes + block * w.block_bytes();
+    for (std::int64_t k = 0; k < w.padded; k += 8, packed += 64, out += 128) {
+        const auto both = S::load_u8(packed);
+        S::store_u8(out, S::low_nibbles(both));
+        S::store_u8(out + 64, S::high_nibbles(both));
+    }
+}
+
+// 16 rows times one block, as multiply_tile. `codes` are the block's bytes, `a` the rows' [16][padded].
+template <class S, class Tiles>
+void multiply_full_tile(const Weights& w, const Activations& activations, std::int64_t first, std::int64_t block,
+                        const std::uint8_t* codes, float (*out)[kLanes]) {
+    const auto* a = activations.codes + first * w.padded;
+    const auto* scales = activations.scales + first * w.steps();
+    const auto* sums = activations.sums + first * w.steps();
+    const auto* scale = w.scales + block * w.groups * kLanes;
+    const auto* zero = w.zero_points == nullptr ? nullptr : w.zero_points + block * w.groups * kLanes;
+    for (int r = 0; r < kLanes; ++r)
+        S::store(out[r], S::set1(0.0f));
+    for (std::int64_t s = 0, filled = 0; s < w.steps(); ++s) {
+        const auto begin = s * w.step;
+        const auto end = std::min(begin + w.step, w.padded);
+        std::int32_t product[kLanes][kLanes];
+        Tiles::zero();
+        auto k = begin;
+        for (; k + kTileColumns <= end; k += kTileColumns)
+            Tiles::multiply(a + k, w.padded, codes + k * kLanes);
+        if (k < end)  // 32 columns: steps and paddings are multiples of that
+            Tiles::multiply_half(a + k, w.padded, codes + k * kLanes);
+        Tiles::store(product[0]);
+        const auto offset = zero == nullptr ? S::iset1(1 << (w.bits - 1)) : S::iload_u8(zero);
+        const auto factor = S::load_f16(scale);
+        for (int r = 0; r < kLanes; ++r) {
+            const auto sum = S::isub(S::iload(product[r]), S::imul16(offset, S::iset1(sums[r])));
+            S::store(out[r], S::fma(S::to_f32(sum), S::mul(factor, S::set1(scales[r])), S::load(out[r])));
+        }
+        scales += kLanes;
+        sums += kLanes;
+        filled += w.step;
+        if (filled == w.group) {
+            filled = 0;
+            scale += kLanes;
+            zero = zero == nullptr ? nullptr : zero + kLanes;
+        }
+    }
+}
+
+template <class S, class Tiles>
+void multiply_blocks_in_tiles(const Weights& w, const Activations& a, const Epilogue& e, std::int64_t tile_begin,
+                              std::int64_t tile_end, std::int64_t begin, std::int64_t end) {
+    const auto full = std::min(tile_end, a.rows / kLanes);
+    if (tile_begin < full) {
+        const auto parts = e.gated ? 2 : 1;
+        const auto bytes = w.padded * kLanes;
+        static thread_local std::vector<std::uint8_t> unpacked;
+        if (w.bits == 4 && unpacked.size() < static_cast<std::size_t>(2 * bytes))
+            unpacked.resize(static_cast<std::size_t>(2 * bytes));
+        const typename Tiles::Session session;
+        for (auto block = begin; block < end; block += parts) {
+            const std::uint8_t* codes[2] = {w.codes + block * w.block_bytes(), w.codes + (block + 1) * w.block_bytes()};
+            for (int part = 0; w.bits == 4 && part < parts; ++part) {
+                unpack_block<S>(w, block + part, unpacked.data() + part * bytes);
+                codes[part] = unpacked.data() + part * bytes;
+            }
+            for (auto tile = tile_begin; tile < full; ++tile) {
+                float out[2][kLanes][kLanes];
+                for (int part = 0; part < parts; ++part)
+                    multiply_full_tile<S, Tiles>(w, a, tile * kLanes, block + part, codes[part], out[part]);
+                for (int r = 0; r < kLanes; ++r)
+                    finish<S>(e, tile * kLanes + r, block / parts * kLanes, out[0][r], e.gated ? out[1][r] : nullptr);
+            }
+        }
+    }
+    if (std::max(tile_begin, full) < tile_end)
+        multiply_blocks<S>(w, a, e, std::max(tile_begin, full), tile_end, begin, end);
+}
+
+}  // namespace
+}  // namespace edgert

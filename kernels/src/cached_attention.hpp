@@ -1,0 +1,65 @@
+#pragma once
+
+#include <string>
+
+#include "attention_layout.hpp"
+#include "openvino/op/op.hpp"
+
+namespace edgert {
+
+// Scaled dot product attention of M new tokens over a cache that the caller owns. Batch is 1.
+//
+//   inputs   qkv     f32 [1, M, (H + HK) * D + HK * DV]: every query head, then key heads, then value heads
+//            cache   u8 [blocks, HK, bytes of a block] (attention_layout.hpp), WRITTEN IN PLACE: rows past .. past + M - 1
+//            past    i64 or i32 [1], tokens in the cache already
+//            mask    iff mask:    f32 (added; -30000 and less hides) or boolean/u8 (true: may see), [1, 1 or H, 1 or M, past + M]
+//            cos     iff rope:    f32 [1, M, R], R even, R <= D: the first R dims of each head of q and k are rotated
+//            sin     iff rope:    f32 [1, M, R]
+//            q_norm  iff norm:    f32 [D], per head, before the rotation
+//            k_norm  iff norm:    f32 [D]
+//            sinks   iff sinks:   f32, H elements: one more logit a head in the denominator
+//   output   f32 [1, M, H * DV]; a row that sees nothing is zero
+//
+// The attributes are those of `Attributes`, by the same names. Query head h reads kv head h / (H / HK). A head whose key
+// or value holds NaN or Inf makes every row that sees it NaN.
+class CachedAttention : public ov::op::Op {
+public:
+    OPENVINO_OP("CachedAttention", "edgert");
+
+    struct Attributes {
+        std::int64_t heads = 0;
+        std::int64_t kv_heads = 0;
+        std::int64_t head_dim = 0;   // a multiple of 4
+        std::int64_t value_dim = 0;  // a multiple of 4
+        double scale = 1;            // of q.k
+        double softcap = 0;          // 0: none
+        std::string precision = "i8";  // of the cache: i8, f16, bf16
+        std::string rope;              // "" or half (the halves of the first R dims rotate against each other)
+        std::string norm;              // "" or rms
+        double epsilon = 1e-6;
+        bool causal = false;  // only without mask: token m sees 0 .. past + m
+        bool mask = false;
+        bool sinks = false;
+    };
+
+    CachedAttention() = default;
+    CachedAttention(const ov::OutputVector& inputs, Attributes attributes);
+
+    void validate_and_infer_types() override;
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override;
+    bool visit_attributes(ov::AttributeVisitor& visitor) override;
+    bool has_evaluate() const override;
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
+
+private:
+    void check_attributes() const;
+    // Every input against the attributes and each other; what is dynamic is taken as right. Returns the number of tokens.
+    ov::Dimension check_inputs(const std::vector<ov::PartialShape>& shapes, const std::vector<ov::element::Type>& types,
+                               const ov::Dimension& total) const;
+    std::vector<std::string> input_names() const;
+    CacheLayout layout() const;
+
+    Attributes m_attributes;
+};
+
+}  // namespace edgert
