@@ -1,10 +1,12 @@
 # Each target sets up .venv when it is missing or out of date; nothing outside this folder is touched.
 #
-#   make demo     compile the model in examples/models and let it write
-#   make test     pytest; ARGS="tests/test_kernels.py -v" chooses
-#   make bench    benchmarks/run.py
-#   make lint     ruff and mypy
-#   make clean    remove build/ and caches; .venv stays
+#   make demo         compile the model in examples/models and let it write
+#   make test         pytest; ARGS="tests/test_kernels.py -v" chooses
+#   make test-sanitized  tests of the kernels, which stop at the first access out of bounds (GCC on Linux)
+#   make bench        benchmarks/run.py
+#   make bench-peers  benchmarks/peers.py: edgert beside other runtimes, which get an environment of their own
+#   make lint         ruff and mypy
+#   make clean        remove build/ and caches; .venv stays
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,9 +14,10 @@ STAMP := .venv/.complete
 DEMO := build/demo.edge
 DEMO_MODEL := examples/models/bookworm
 TORCH := torch==2.13.0
+PEERS := build/peers
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test test-sanitized bench bench-peers lint clean
 
 setup: $(STAMP)
 
@@ -39,8 +42,34 @@ demo: $(DEMO)/manifest.json
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
+# Only the kernels are instrumented, so Python must be given the sanitizers' runtime before all else, and libstdc++ with
+# it, whose exceptions it watches. TBB would load its helper in a way that the runtime refuses. Leaks are not looked for:
+# Python and OpenVINO keep much until the end. What a report says goes to the terminal, past pytest's capture.
+SANITIZED := build/sanitized
+SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,kernels.py \
+    $(addprefix kernel_,linear.py embedding.py isa.py refusals.py attention.py attention_refusals.py)))
+
+test-sanitized: $(STAMP)
+	$(BIN)/cmake -S kernels -B $(SANITIZED) -G Ninja -DEDGERT_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX) \
+	    -DOpenVINO_DIR="$$($(BIN)/python -c 'import openvino as o; print(o.__path__[0])')/cmake" >/dev/null
+	$(BIN)/cmake --build $(SANITIZED)
+	$(BIN)/cmake --install $(SANITIZED) --prefix $(SANITIZED)/installed >/dev/null
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 \
+	    TBB_ENABLE_SANITIZERS=1 PYTHONPATH=tests EDGERT_KERNELS_FROM=$(SANITIZED)/installed \
+	    $(BIN)/python -m pytest -q --capture=sys -p kernels_from $(SANITIZED_TESTS) $(ARGS)
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-peers: $(STAMP) $(PEERS)/.complete
+	$(BIN)/python benchmarks/peers.py $(ARGS)
+
+# Builds llama.cpp twice: half an hour on two cores.
+$(PEERS)/.complete: benchmarks/peers-requirements.txt benchmarks/runtimes/install.py
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python benchmarks/runtimes/install.py
+	touch $@
 
 # mypy sees the package as it is installed, with converters/ inside: a copy, because it knows no mapped folders.
 lint: $(STAMP)

@@ -21,6 +21,16 @@ class Point:
     title: str
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A bar: its length, None where there is nothing to draw, the text at its end, and whether it stands out."""
+
+    name: str
+    value: float | None
+    text: str
+    strong: bool
+
+
 def scatter(title: str, points: Sequence[Point], limits: Mapping[str, float | None]) -> str:
     """Predicted over published values, both logarithmic, with a dashed band for each series that has a limit."""
     size, edge = 460, 50
@@ -98,6 +108,36 @@ def intervals(
         behind.append(f'<circle cx="{x}" cy="36" r="4" fill="{COLOURS[index]}"/>')
         behind.append(f'<text x="{x + 10}" y="40">{escape(name)}</text>')
     return _document(width, y + 30, title, [*behind, *items])
+
+
+def bars(title: str, rows: Mapping[str, Mapping[str, Sequence[Bar]]]) -> str:
+    """Bars in panels side by side, in rows of panels; each panel has a scale of its own.
+
+    Args:
+        rows: bars by panel, by row; the panels of a row have the same names in the same order.
+    """
+    left, panel, gap, step, y = 190, 150, 60, 18, 48
+    items, width = [], left
+    for row, panels in rows.items():
+        items.append(f'<text x="10" y="{y}" font-weight="600">{escape(row)}</text>')
+        y += 22
+        for column, (heading, found) in enumerate(panels.items()):
+            x = left + column * (panel + gap)
+            width = max(width, x + panel + gap)
+            items.append(f'<text x="{x}" y="{y}" fill="#555">{escape(heading)}</text>')
+            longest = max((bar.value for bar in found if bar.value is not None), default=1.0)
+            for index, bar in enumerate(found):
+                level = y + 8 + step * index
+                if column == 0:
+                    items.append(f'<text x="{left - 8}" y="{level + 11}" text-anchor="end">{escape(bar.name)}</text>')
+                length = 0.0 if bar.value is None else panel * bar.value / longest
+                colour = COLOURS[0] if bar.strong else "#bbb"
+                items.append(
+                    f'<rect x="{x}" y="{level}" width="{length:.1f}" height="{step - 4}" fill="{colour}"/>'
+                    f'<text x="{x + length + 4:.1f}" y="{level + 11}">{escape(bar.text)}</text>'
+                )
+        y += 8 + step * max(len(found) for found in panels.values()) + 26
+    return _document(width, y - 10, title, items)
 
 
 def write(page: Path, text: str, svg: str) -> None:

@@ -7,6 +7,7 @@
     quality.py      the gate                compress.py     NNCF and the table of precisions
     onnx_bundle.py  a bundle that onnxruntime runs
     npu.py          submodels compiled for NPUs
+    kernels.py      weights packed for the CPU kernels
 
 build.py puts them together.
 """
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgert import native
 from edgert.errors import MissingDependencyError, UsageError
 
 if __name__ != "edgert.converters":
@@ -48,6 +50,7 @@ def compile(
     npu: Sequence[str] = (),
     npu_shapes: StaticShapes | None = None,
     npu_split: bool = False,
+    kernels: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Bundle:
     """Turn a model into a bundle.
@@ -69,6 +72,7 @@ def compile(
         npu_shapes: chunks and buckets to compile for; each shape costs a copy of the weights. By default a chunk of
             256 tokens, and caches of 1024 and 4096.
         npu_split: compile each block by itself, so that any of them can be placed on an NPU alone.
+        kernels: add the weights packed for edgert's CPU kernels, another copy. By default where the kernels load here.
         progress: is told each stage as it begins.
 
     Raises:
@@ -93,8 +97,12 @@ def compile(
         raise UsageError(f"npu needs format 'openvino', not {format!r}")
     if not npu and (npu_shapes is not None or npu_split):
         raise UsageError("npu_shapes and npu_split need npu, the platforms to compile for")
+    if kernels and format != "openvino":
+        raise UsageError(f"kernels need format 'openvino', not {format!r}")
     if dataset is not None and not Path(dataset).is_file():
         raise UsageError(f"dataset {dataset}: no such file")
+    if kernels is None:
+        kernels = format == "openvino" and native.status().loads
     try:
         from edgert.converters.build import Options, build
         from edgert.converters.npu import DEFAULT_SHAPES, NpuOptions
@@ -113,6 +121,7 @@ def compile(
                 name,
                 force,
                 NpuOptions(tuple(dict.fromkeys(npu)), npu_shapes or DEFAULT_SHAPES, npu_split) if npu else None,
+                kernels,
             ),
             progress or (lambda stage: None),
         )

@@ -15,6 +15,7 @@ import openvino as ov
 from edgert.converters import quality
 from edgert.converters.canonical import DECODER_OUTPUT, canonical_decoder, canonical_encoder
 from edgert.converters.compress import Weights, compress, precision_table, read_samples, to_fp16
+from edgert.converters.kernels import add_kernels
 from edgert.converters.npu import NpuOptions, add_blobs, require_compiler
 from edgert.converters.sources import (
     Source,
@@ -66,6 +67,7 @@ class Options:
     name: str | None
     force: bool
     npu: NpuOptions | None = None
+    kernels: bool = False
 
 
 def build(src: str | Path, out: Path, options: Options, progress: Progress) -> Bundle:
@@ -123,6 +125,9 @@ def _build_openvino(
             )
     progress("write")
     rows, graph = save(model, draft, checks, vocab_size)
+    if options.kernels:
+        progress("pack for the CPU kernels")
+        checks += add_kernels(draft.path, vocab_size=vocab_size, window=quality.attention_window(config))
     parameters = sum(row["elements"] for row in rows)
     described = describe(source, config, options, task, "openvino", vocab_size, tokenizer, draft, weights, parameters)
     return described, report(source, options, rows, checks), graph
@@ -205,6 +210,9 @@ def _build_gguf(
     progress("write")
     vocab_size = _vocab_size(model, config, "decoder")
     rows, graph = save(model, draft, checks, vocab_size)
+    if options.kernels:
+        progress("pack for the CPU kernels")
+        checks += add_kernels(draft.path, vocab_size=vocab_size, window=quality.attention_window(config))
     described = facts(
         config,
         name=options.name or source.name,

@@ -43,9 +43,9 @@ Encoder = Callable[[Mapping[str, Tokens]], Floats]
 """Takes `input_ids`, `attention_mask`, `token_type_ids` [batch, tokens]; gives hidden states [batch, tokens, width]."""
 
 
-def openvino_decoder(model: ov.Model) -> Decoder:
-    """A canonical decoder on the CPU, in f32."""
-    request = ov.Core().compile_model(model, "CPU", EXACT).create_infer_request()
+def openvino_decoder(model: ov.Model, properties: Mapping[str, str] = EXACT) -> Decoder:
+    """A canonical decoder on the CPU, by default in f32."""
+    request = ov.Core().compile_model(model, "CPU", dict(properties)).create_infer_request()
     past = 0
 
     def step(ids: Tokens) -> Floats:

@@ -148,6 +148,12 @@ class StaticRunner:
             self.past = next(iter(rows.values())).shape[2]
             self._move(self._compiled.shapes.bucket(self.past), rows)
 
+    def rewind(self, tokens: int) -> bool:
+        if self._compiled.shapes.bucket(tokens) != self._bucket:  # a smaller one is quicker from now on
+            return False
+        self.past = min(self.past, tokens)  # what is in the slots behind it the mask hides
+        return True
+
     def reset(self) -> None:
         self.past = 0
         for cache in self._cache.values():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgert.backends import devices_of
 from edgert.bundle import Bundle
-from edgert.cost import Costs, Workload
 from edgert.device import DeviceConfig, DeviceKind
 from edgert.errors import UsageError
 from edgert.graph import BlockGraph
@@ -17,6 +19,8 @@ from edgert.shapes import StaticShapes
 
 if TYPE_CHECKING:
     from edgert.scheduler import Objective
+
+log = logging.getLogger("edgert")
 
 
 def choose_plan(
@@ -28,13 +32,17 @@ def choose_plan(
     objective: Objective | None = None,
     shapes: StaticShapes | None = None,
 ) -> Plan:
-    """The plan that `edgert.load` uses for these arguments."""
+    """The plan that `edgert.load` uses for these arguments.
+
+    One that was made elsewhere or earlier may want kernels that do not load here: another configuration of the CPU
+    takes their place then, and the plan says so. A device or a placement that asks for them is left as it is.
+    """
     if sum(option is not None for option in (plan, device, place, objective)) > 1:
         raise UsageError("plan, device, place and objective exclude each other; give one of them")
     if isinstance(plan, Plan):
-        return plan
+        return _runnable(plan)
     if plan is not None:
-        return Plan.read(Path(plan))
+        return _runnable(Plan.read(Path(plan)))
     graph = bundle.graph
     if graph is None and (place is not None or objective is not None):
         raise UsageError(f"bundle {bundle.path} runs whole: it has no blocks to place")
@@ -52,16 +60,39 @@ def as_config(device: str | DeviceConfig | None) -> DeviceConfig | None:
     return DeviceConfig.parse(device) if isinstance(device, str) else device
 
 
+def _runnable(plan: Plan) -> Plan:
+    """The plan without kernels that do not load here."""
+    for name, reason in _lacking(plan.configs).items():
+        other = DeviceConfig.parse(DeviceKind.CPU)
+        warning = f"{name} is not used, {other} runs its blocks: {reason}"
+        log.warning("%s", warning)
+        plan = plan.replaced(name, other, warning)
+    return plan
+
+
+def _lacking(configs: Iterable[DeviceConfig]) -> dict[str, str]:
+    """Which of some configurations want kernels that do not load here, and why they do not."""
+    wanted = [config for config in configs if config.kernels]
+    if not wanted:
+        return {}
+    reasons = {variant: why for info in devices_of(DeviceKind.CPU) for variant, why in info.lacking.items()}
+    return {str(config): reasons[config.variant] for config in wanted if config.variant in reasons}
+
+
 def _scheduled(bundle: Bundle, graph: BlockGraph, objective: Objective, shapes: StaticShapes | None) -> Plan:
     from edgert.conditions import find_cached
+    from edgert.cost import Costs, Workload
     from edgert.scheduler import Constraints, schedule
 
     if bundle.facts.task != "decoder":
         raise UsageError(f"bundle {bundle.path}: objectives are of decoders; this is an {bundle.facts.task}")
     context, profile = bundle.facts.context_length, find_cached()
     costs = Costs(graph, profile, (shapes or StaticShapes()).within(context))
-    limits = Constraints(max_memory_bytes=profile.memory_bytes)
+    lacking = _lacking(profile.configs)
+    limits = Constraints(max_memory_bytes=profile.memory_bytes, forbidden=tuple(lacking))
     plan = schedule(costs, objective, limits, Workload.fitting(context)).plan
+    without = tuple(f"{name} is not used: {reason}" for name, reason in lacking.items())
+    plan = replace(plan, warnings=(*plan.warnings, *without))
     unknown = [str(c) for c in plan.configs if not profile.covers(own_blocks(graph, c), c) and c != HOST]
     if not unknown:
         return plan

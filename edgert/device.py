@@ -7,8 +7,9 @@ devices (the one that wins prefill may lose decode by half), so they are two nam
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 from edgert.errors import UnknownDeviceError
 
@@ -66,6 +67,13 @@ class DeviceConfig:
         return self.kind in {DeviceKind.GPU, DeviceKind.NPU} and self.variant.startswith("f16")
 
     @property
+    def kernels(self) -> Literal["i8", "f16"] | None:
+        """The precision in which edgert's own kernels keep keys and values; None where the device computes itself."""
+        if self.kind is not DeviceKind.CPU or self.variant not in KERNEL_VARIANTS:
+            return None
+        return "f16" if self.variant.endswith("+f16") else "i8"
+
+    @property
     def unit(self) -> str:
         """The hardware behind it: configurations with the same unit take turns, others can run at the same time."""
         return str(self) if self.kind is DeviceKind.SIM else self.device.removesuffix(".0")
@@ -73,6 +81,8 @@ class DeviceConfig:
     def __str__(self) -> str:
         return f"{self.device}@{self.variant}"
 
+
+KERNEL_VARIANTS = ("kernels", "kernels+f16")  # of a CPU: edgert's own kernels, keys and values in INT8 or in f16
 
 # What a bare device name means. On a CPU, f32 with INT8 dynamic quantization decodes compressed weights as fast as any
 # configuration does (docs/benchmarks.md), is there on every CPU, and is exact for weights that are not compressed. On a
@@ -97,6 +107,7 @@ class DeviceInfo:
         emulated: its results are right but its speed means nothing, so no timing of it is ever reported.
         details: further facts as text, e.g. `{"isa": "AVX2 AVX512_VNNI", "memory": "23.4 GiB"}`.
         memory_bytes: what it can use; None where that is the machine's memory, or unknown.
+        lacking: configurations that such a device can have and this one has not now, with the reason in one line.
     """
 
     name: str
@@ -105,6 +116,7 @@ class DeviceInfo:
     emulated: bool
     details: dict[str, str]
     memory_bytes: int | None = None
+    lacking: dict[str, str] = field(default_factory=dict)
 
     @property
     def configs(self) -> tuple[DeviceConfig, ...]:

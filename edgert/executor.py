@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids", "beam_idx", "logits_to_keep"})
 PREFILL, DECODE = 0, -1  # chains; the same one where a plan does not tell the phases apart
 DEVICE_TIMEOUT_S = 60.0
+MASK_TOKENS = 256  # that a sequence's mask has room for at first
 
 
 class Executor:
@@ -205,6 +206,18 @@ class _Chain:
                 with _on(config):
                     runner.write_states(states)
 
+    def rewind(self, length: int) -> bool:
+        """Keep the first tokens of all caches; False where a state does not allow it, and then it must be reset."""
+        for config, runner in self._keepers():
+            with _on(config):
+                if runner.rewind(length):
+                    continue
+                kept = trim(runner.read_states(), length)
+                if kept is None:
+                    return False
+                runner.write_states(kept)
+        return True
+
     def take_over(self, other: _Chain) -> None:
         """Copy the cache of the other phase; what both have in common is there already.
 
@@ -252,7 +265,9 @@ class SequenceRun:
         self._chains = [_Chain(chain, executor, made) for chain in executor.chains]
         self._home = self._chains[PREFILL]  # the chain that holds the cache
         self._slices = executor.chains[PREFILL][-1].compiled.inputs >= {"logits_to_keep"}
-        self._decode = _token_inputs(1, 1)
+        self._decode = _token_inputs(1, 1, 0)  # for a single token: always the same, filled in anew
+        self._token, self._position = self._decode["input_ids"], self._decode["position_ids"]
+        self._ones = np.ones((1, MASK_TOKENS), np.int64)
         self.tokens: list[int] = []
         self.infer_us = self.handover_us = 0.0
 
@@ -283,7 +298,7 @@ class SequenceRun:
         outputs = chain.run(inputs, range(len(chain.stages)))
         self.infer_us = (time.perf_counter_ns() - start) / 1000
         self.tokens += tokens
-        if decode:  # as the devices' own tensors, so that what does not change need not be set again
+        if decode:  # as the devices' own tensors over the same memory, so that they need not be set again
             self._decode = {name: inputs[name] for name in self._decode}
         return self._rows(outputs, keep)
 
@@ -372,12 +387,9 @@ class SequenceRun:
         """Go back to the first `length` tokens, or to none where the states do not allow it: see `past` after."""
         if length == self.past:
             return
-        if length and not self.executor.recurrent:
-            kept = trim(self._home.read_states(), length)
-            if kept is not None:
-                self._home.write_states(kept)
-                del self.tokens[length:]
-                return
+        if length and not self.executor.recurrent and self._home.rewind(length):
+            del self.tokens[length:]
+            return
         self._home.reset()
         self.tokens.clear()
 
@@ -423,10 +435,15 @@ class SequenceRun:
 
     def _inputs(self, tokens: Sequence[int], past: int, keep: int) -> dict[str, Tensor]:
         count, total = len(tokens), past + len(tokens)
-        inputs = {**self._decode} if count == 1 and keep == 1 else _token_inputs(count, keep)
-        as_array(inputs["input_ids"])[0] = tokens
-        inputs["attention_mask"] = np.ones((1, total), np.int64)
-        inputs["position_ids"] = np.arange(past, total, dtype=np.int64)[None]
+        if count == 1 and keep == 1:
+            inputs = {**self._decode}
+            self._token[0, 0], self._position[0, 0] = tokens[0], past
+        else:
+            inputs = _token_inputs(count, keep, past)
+            inputs["input_ids"][0] = tokens
+        if total > self._ones.shape[1]:
+            self._ones = np.ones((1, 2 * total), np.int64)
+        inputs["attention_mask"] = self._ones[:, :total]
         return inputs
 
     def _rows(self, outputs: Mapping[str, Tensor], keep: int) -> Array:
@@ -434,10 +451,11 @@ class SequenceRun:
         return output[0] if self._slices else output[0, -keep:]
 
 
-def _token_inputs(count: int, keep: int) -> dict[str, Tensor]:
-    """The inputs that depend on the number of new tokens alone; `input_ids` is to be filled in."""
+def _token_inputs(count: int, keep: int, past: int) -> dict[str, Tensor]:
+    """All inputs but the mask; `input_ids` is to be filled in."""
     return {
         "input_ids": np.zeros((1, count), np.int64),
+        "position_ids": np.arange(past, past + count, dtype=np.int64)[None],
         "token_type_ids": np.zeros((1, count), np.int64),
         "beam_idx": np.zeros(1, np.int32),
         "logits_to_keep": np.array([keep], np.int64),

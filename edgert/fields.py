@@ -6,6 +6,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ def build(cls: type[T], data: Any, what: str) -> T:
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"{what} is {_short(data)}, expected an object")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     declared = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - set(declared))
     if unknown:
@@ -36,6 +37,12 @@ def build(cls: type[T], data: Any, what: str) -> T:
         elif declaration.default is MISSING and declaration.default_factory is MISSING:
             raise ValueError(f"{what} has no field {name!r}")
     return cls(**values)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields; Python compiles the text of each whenever it is asked."""
+    return get_type_hints(cls)
 
 
 def schema(cls: type) -> dict[str, Any]:
@@ -50,7 +57,7 @@ def _define(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
     """A reference to a dataclass's schema, which is added to the definitions."""
     if cls.__name__ not in definitions:
         definitions[cls.__name__] = {}  # one that contains itself ends here
-        hints = get_type_hints(cls)
+        hints = _hints(cls)
         declared = fields(cls)
         needed = [f.name for f in declared if f.default is MISSING and f.default_factory is MISSING]
         definitions[cls.__name__] = {

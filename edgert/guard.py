@@ -61,6 +61,9 @@ class GuardedRunner:
     def write_states(self, states: Mapping[str, Array]) -> None:
         self._call(lambda: self._runner.write_states(states))
 
+    def rewind(self, tokens: int) -> bool:
+        return self._call(lambda: self._runner.rewind(tokens))
+
     def reset(self) -> None:
         self._call(self._runner.reset)
 

@@ -130,10 +130,8 @@ class IrGraph:
 
     def tensor(self, name: str) -> ov.Output:
         """The output `node:port`; raises `BundleError` where the model has none of that name."""
-        node, _, port = name.rpartition(":")
-        if node not in self.nodes or not port.isdecimal() or int(port) >= self[node].op.get_output_size():
-            raise BundleError(f"block graph: the model has no tensor {name!r}")
-        return self[node].op.output(int(port))
+        node = self.nodes.get(name.rpartition(":")[0])
+        return _output(None if node is None else node.op, name)
 
     def variable_id(self, node: Node) -> str:
         """The id of the state that a ReadValue or Assign belongs to."""
@@ -153,6 +151,19 @@ class IrGraph:
         shape = concat.op.get_output_partial_shape(0)
         same = source.type == "ReadValue" and self.variable_id(source) == self.variable_id(assign)
         return concat if same and len(shape) == 4 and shape[1].is_static and shape[3].is_static else None
+
+
+def find_tensor(model: ov.Model, name: str) -> ov.Output:
+    """As `IrGraph.tensor`, for one tensor that is not worth an index."""
+    wanted = name.rpartition(":")[0]
+    return _output(next((op for op in model.get_ordered_ops() if op.get_friendly_name() == wanted), None), name)
+
+
+def _output(op: ov.Node | None, name: str) -> ov.Output:
+    port = name.rpartition(":")[2]
+    if op is None or not port.isdecimal() or int(port) >= op.get_output_size():
+        raise BundleError(f"block graph: the model has no tensor {name!r}")
+    return op.output(int(port))
 
 
 def make_names_unique(model: ov.Model) -> None:

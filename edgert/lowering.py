@@ -9,7 +9,7 @@ import openvino as ov
 import openvino.opset13 as ops
 
 from edgert.graph import BlockGraph, BlockKind
-from edgert.irgraph import IrGraph, name_new
+from edgert.irgraph import find_tensor, name_new
 from edgert.shapes import KEEP
 
 
@@ -28,7 +28,7 @@ def keep_last_logits(model: ov.Model, graph: BlockGraph) -> bool:
     head = graph.blocks[-1]
     if head.kind is not BlockKind.HEAD or head.input is None:
         return False
-    tensor = IrGraph(model).tensor(head.input)
+    tensor = find_tensor(model, head.input)
     consumers = list(tensor.get_target_inputs())
     keep = ops.parameter([1], ov.Type.i64, KEEP)
     keep.output(0).set_names({KEEP})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import edgert
 
 if TYPE_CHECKING:
     import openvino
+    from openvino.utils.node_factory import NodeFactory
 
 FOLDER = "_kernels"
 LIBRARY = "edgert_kernels.dll" if sys.platform == "win32" else "edgert_kernels.so"
@@ -61,6 +63,25 @@ def status() -> KernelStatus:
     import openvino
 
     return load(openvino.Core())
+
+
+def factory() -> NodeFactory:
+    """Makes nodes of the kernels' operations; where `status` says that they load.
+
+    No core must know the operations for that. So a bundle's own model file cannot name them.
+    """
+    path = library()
+    assert path is not None
+    return _factory(path)
+
+
+@cache
+def _factory(path: Path) -> NodeFactory:
+    from openvino.utils.node_factory import NodeFactory
+
+    made = NodeFactory()
+    made.add_extension(str(path))
+    return made
 
 
 def _mismatch(path: Path) -> str | None:

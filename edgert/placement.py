@@ -139,11 +139,17 @@ class Plan:
         return plan.with_host(graph)
 
     def replaced(self, unit: str, config: DeviceConfig, reason: str) -> Plan:
-        """This plan with all that runs on a piece of hardware (`DeviceConfig.unit`) moved to another configuration."""
+        """This plan with all that runs on some hardware moved to another configuration.
+
+        Args:
+            unit: the hardware (`DeviceConfig.unit`), or one configuration of it by its name.
+        """
 
         def move(placements: tuple[Placement, ...]) -> tuple[Placement, ...]:
             configs = [
-                config if p.config.unit == unit else p.config for p in placements for _ in range(p.first, p.last + 1)
+                config if unit in {p.config.unit, str(p.config)} else p.config
+                for p in placements
+                for _ in range(p.first, p.last + 1)
             ]
             return _merge(configs, True)
 

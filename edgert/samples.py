@@ -17,9 +17,10 @@ Key = tuple[str, int, int]
 SLOWED = 1.15  # a configuration that ends this much slower than it began
 UNSTEADY = 0.25  # half the range between the quartiles over the median
 SMALLEST_US = 1e-3
-# Configurations of the CPU whose cache OpenVINO keeps in u8, as a compiled model's KV_CACHE_PRECISION says, and the
-# bits of an element then: a scale and a zero point in f32 for a head's row of 128.
-U8_KV, U8_KV_BITS = {"f32+dq", "bf16"}, 8.5
+# Bits of an element of the cache, by configuration of the CPU, where that is not the precision of what is computed.
+# OpenVINO's u8, as a compiled model's KV_CACHE_PRECISION says: a scale and a zero point in f32 for a head's row of 128.
+# The kernels' INT8 has a scale only (edgert.kvlayout).
+KV_BITS = {"f32+dq": 8.5, "bf16": 8.5, "kernels": 8.25, "kernels+f16": 16.0}
 
 
 @dataclass
@@ -105,7 +106,7 @@ def summary(config: DeviceConfig, raw: Raw, graph: BlockGraph) -> Summary:
     # A model in one piece is its only block.
     net = {key: max(us - launch, SMALLEST_US) for key, us in (blocks or whole).items()}
     precision: Literal["f32", "f16"] = "f16" if config.half else "f32"
-    kv_bits = U8_KV_BITS if config.kind is DeviceKind.CPU and config.variant in U8_KV else None
+    kv_bits = KV_BITS.get(config.variant) if config.kind is DeviceKind.CPU else None
     rates = fit(net, graph, kv_bits / 32 if kv_bits else 0.5 if config.half else 1.0)
     moved, spent_us = (sum(values) for values in zip(*raw.moves, strict=True)) if raw.moves else (0.0, 0.0)
     # Nothing was moved: a device without a cache of its own is as good as memory.

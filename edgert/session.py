@@ -7,7 +7,6 @@ shares the longest beginning with, so a chat prefills only what is new.
 
 from __future__ import annotations
 
-import asyncio
 import operator
 import os
 import threading
@@ -171,6 +170,8 @@ class Model:
 
     async def aembed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """`embed` for asyncio."""
+        import asyncio
+
         return await asyncio.to_thread(self.embed, texts)
 
     def astream(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> AsyncIterator[Piece]:
@@ -370,7 +371,10 @@ def load(
     return Model(bundle, engine, prefill_chunk=prefill_chunk)
 
 
+# Whoever calls these has asyncio already; for all others it would be a tenth of what importing edgert takes.
 async def _in_thread(work: Callable[[threading.Event], T]) -> T:
+    import asyncio
+
     cancel = threading.Event()
     task = asyncio.create_task(asyncio.to_thread(work, cancel))
     try:
@@ -383,6 +387,8 @@ async def _in_thread(work: Callable[[threading.Event], T]) -> T:
 
 
 async def _from_thread(pieces: Iterator[Piece], cancel: threading.Event) -> AsyncIterator[Piece]:
+    import asyncio
+
     try:
         while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
             yield piece

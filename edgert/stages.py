@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from edgert.backends import info_of, require
-from edgert.backends.base import Backend, Compiled, Runner, TensorCompiled, TensorRunner
+from edgert.backends.base import Backend, BindingCompiled, Compiled, Runner, TensorCompiled, TensorRunner
 from edgert.bucketed import StaticCompiled
 from edgert.bundle import Bundle
 from edgert.device import DeviceKind
 from edgert.errors import BundleError, DeviceFailedError, PlanError, cause
 from edgert.graph import BOUNDARY, Block, BlockGraph
 from edgert.guard import guarded
+from edgert.inplace import KernelCompiled
 from edgert.placement import Placement, Plan
 from edgert.shapes import KEEP, PAST, Axes, StaticShape, StaticShapes
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
     from edgert.backends.openvino import OpenVinoBackend
     from edgert.npu.library import Library
+
+log = logging.getLogger("edgert")
 
 
 @dataclass(frozen=True)
@@ -87,17 +91,25 @@ def build(
         raise BundleError(f"bundle {bundle.path}: {path.name} cannot be read: {cause(error)}") from error
     if unknown := sorted(needed - set(available)):
         raise BundleError(f"bundle {bundle.path}: {path.name} wants an input {unknown[0]!r}, which nothing gives")
+    kernels = _Kernels(bundle) if any(config.kernels for config in plan.configs) else None
     made: dict[tuple[object, ...], Stage] = {}
     chains = []
     for placements, submodels in phases:
         axes = _axes(submodels[0], placements)
-        for p, submodel in zip(placements, submodels, strict=True):
-            key = _key(p, submodel)
-            if key not in made:
-                own = graph.blocks[p.first : p.last + 1]
-                compiled = _compile(backends[p.config], submodel, p, own, axes, shapes, timeout_s, library)
-                made[key] = Stage(p, compiled)
-        chains.append(tuple(made[_key(p, submodel)] for p, submodel in zip(placements, submodels, strict=True)))
+        keys = [_key(p, submodel) for p, submodel in zip(placements, submodels, strict=True)]
+        for p, submodel, key in zip(placements, submodels, keys, strict=True):
+            if key in made:
+                continue
+            own = graph.blocks[p.first : p.last + 1]
+            if p.config.kernels and kernels is not None:
+                shared = len(phases) > 1 and submodel is model  # the uncut model may be the other phase's, too
+                ours = submodel.clone() if shared else submodel
+                made[key] = Stage(p, kernels.compile(backends[p.config], ours, p, own))
+            else:
+                made[key] = Stage(p, _compile(backends[p.config], submodel, p, own, axes, shapes, timeout_s, library))
+        chains.append(tuple(made[key] for key in keys))
+    if kernels is not None:
+        kernels.warn()
     for phase, chain in (("prefill", chains[0]), ("decode", chains[-1])):
         for stage in chain:
             if isinstance(stage.compiled, StaticCompiled):
@@ -142,10 +154,11 @@ def _check_memory(graph: BlockGraph, plan: Plan, context: int) -> None:
 
 def _check_recipe(model: ov.Model, graph: BlockGraph, plan: Plan) -> None:
     """Raise `PlanError` for what an NPU's compiler would reject, before it is asked."""
-    from edgert.npu.recipe import check
+    every = dict.fromkeys(p for placements in plan.phases.values() for p in placements)
+    for p in (p for p in every if p.config.kind is DeviceKind.NPU):
+        from edgert.npu.recipe import check
 
-    for p in dict.fromkeys(p for placements in plan.phases.values() for p in placements):
-        if p.config.kind is DeviceKind.NPU and (found := check(model, graph, blocks=range(p.first, p.last + 1))):
+        if found := check(model, graph, blocks=range(p.first, p.last + 1)):
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise PlanError(f"plan: {p.config}: {found[0]}{more}")
 
@@ -167,6 +180,44 @@ def _key(p: Placement, submodel: ov.Model) -> tuple[object, ...]:
     """What tells compiled submodels apart: the same blocks may share other tensors when they are cut in another way."""
     ports = [sorted(port.get_any_name() for port in ports) for ports in (submodel.inputs, submodel.outputs)]
     return (p, *map(tuple, ports))
+
+
+class _Kernels:
+    """Compiles submodels with edgert's own kernels; the bundle's packed weights are opened once for all of them."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        from edgert.kernelfile import PackedWeights
+
+        self._bundle = bundle
+        self._weights = PackedWeights.open(bundle.path)
+        self._packed_bytes = 0
+
+    def compile(self, backend: Backend, submodel: ov.Model, p: Placement, blocks: Sequence[Block]) -> Compiled:
+        """Compile a submodel, which is changed in place."""
+        from edgert import native
+        from edgert.kernel_lowering import lower
+
+        config = p.config
+        assert config.kernels is not None
+        lowered = lower(submodel, self._weights, native.factory(), precision=config.kernels)
+        self._packed_bytes += lowered.packed_bytes
+        counts = ", ".join(f"{count} {name}" for name, count in lowered.replaced.items() if count)
+        log.info("%s: blocks %d-%d: %s", config, p.first, p.last, counts or "nothing for the kernels")
+        for name, reason in lowered.left.items():
+            log.info("%s leaves %s to OpenVINO: %s", config, name, reason)
+        compiled = cast("BindingCompiled", backend.compile(lowered.model, config, blocks))
+        context = self._bundle.facts.context_length
+        return KernelCompiled(compiled, lowered.caches, context, config, lowered.arrays)
+
+    def warn(self) -> None:
+        """Say so where weights had to be packed now: that takes time, and memory that the file would not take."""
+        if self._packed_bytes:
+            log.warning(
+                "bundle %s has no weights packed for the CPU kernels: %.1f MB were packed now, into memory of their "
+                "own; `edgert compile` the model again, without --no-kernels",
+                self._bundle.path,
+                self._packed_bytes / 1e6,
+            )
 
 
 def _compile(

@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from edgert.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate
 from edgert.errors import BundleError, ChatTemplateError, UsageError
 
+if TYPE_CHECKING:
+    from edgert.chat_template import ChatTemplate
+
 MAX_FILE_BYTES = 256 * 1024 * 1024
+MAX_TEMPLATE_BYTES = 1024 * 1024  # four for each character that `edgert.chat_template` takes
 REPLACEMENT = "\ufffd"
 # What a stream needs of the text before it; one word does, more cover tokens without text.
 CONTEXT_TOKENS = 8
@@ -150,6 +153,8 @@ class Tokenizer:
         if name not in self._templates:
             raise ChatTemplateError(f"no chat template is named default, only {', '.join(sorted(self._templates))}")
         if name not in self._compiled:
+            from edgert.chat_template import ChatTemplate  # and Jinja, which a plain prompt need not wait for
+
             self._compiled[name] = ChatTemplate(self._templates[name])
         return self._compiled[name].render(
             **self._named,
@@ -311,7 +316,7 @@ def _form(value: Any) -> str:
 def _read(folder: Path, name: str) -> str | None:
     """Text of a file, or None where there is none."""
     path = folder / name
-    limit = MAX_TEMPLATE_CHARS * 4 if name.endswith(".jinja") else MAX_FILE_BYTES
+    limit = MAX_TEMPLATE_BYTES if name.endswith(".jinja") else MAX_FILE_BYTES
     try:
         if path.is_symlink():
             raise BundleError(f"tokenizer {folder}: {name} is a symbolic link, which bundles may not hold")

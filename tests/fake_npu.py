@@ -76,7 +76,7 @@ class FakeNpu:
         self.loaded: list[Path] = []
         self.refused: list[Path] = []
 
-    def devices(self) -> list[DeviceInfo]:
+    def devices(self, kind: DeviceKind | None = None) -> list[DeviceInfo]:
         return [self._info]
 
     def compile(self, model: ov.Model | Path, config: DeviceConfig, blocks: Sequence[Block] = ()) -> OpenVinoCompiled:

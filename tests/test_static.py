@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from tiny_models import DECODERS
 
 import edgert
 from edgert import static
-from edgert.bucketed import HIDDEN_SLOT, pad
+from edgert.backends.base import Array
+from edgert.bucketed import HIDDEN_SLOT, StaticRunner, pad
 from edgert.cutting import cut
 from edgert.device import DeviceConfig
 from edgert.errors import ContextOverflowError, PlanError, UsageError
@@ -61,6 +63,27 @@ def test_a_sequence_begins_again_in_the_bucket_it_has(demo: Model, as_npu: Model
     logits = run.prefill(book[300:340], chunk=64)
     assert logits is not None
     assert np.abs(logits[0] - demo.score(book[300:340])[-1]).max() <= 1e-3
+
+
+def test_going_back_moves_rows_only_into_a_smaller_bucket(
+    demo: Model, as_npu: Model, book: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+    move = StaticRunner._move
+
+    def watched(self: StaticRunner, bucket: int, rows: Mapping[str, Array]) -> None:
+        moved.append(bucket)
+        move(self, bucket, rows)
+
+    run = as_npu._engine.executor.open()
+    run.prefill(book[:200], chunk=64)
+    monkeypatch.setattr(StaticRunner, "_move", watched)
+    for length, buckets in ((150, set()), (100, {128})):
+        run.rewind(length)
+        assert set(moved) == buckets
+        found = run.forward(book[300:310], keep=10)
+        expected = demo.score([*book[:length], *book[300:310]])[-10:]
+        assert np.abs(found - expected).max() <= 1e-3
 
 
 @pytest.mark.parametrize("length", [120, 250])

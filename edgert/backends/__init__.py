@@ -27,7 +27,7 @@ def _load(module: str) -> Backend:
 
 def devices_of(kind: DeviceKind) -> list[DeviceInfo]:
     """The devices of one kind that can be used now."""
-    return [info for info in _load(_MODULES[kind]).devices() if info.name.partition(".")[0] == kind]
+    return _load(_MODULES[kind]).devices(kind)
 
 
 def devices() -> list[DeviceInfo]:
@@ -51,7 +51,8 @@ def info_of(config: DeviceConfig) -> DeviceInfo:
         if info.name in {config.device, f"{config.device}.0"} and config.variant in info.variants:
             return info
     known = ", ".join(str(c) for info in infos for c in info.configs) or f"no configuration of {config.kind}"
-    raise UnknownDeviceError(f"device {config} is not available here; available: {known}")
+    reason = next((f": {why}" for info in infos if (why := info.lacking.get(config.variant))), "")
+    raise UnknownDeviceError(f"device {config} is not available here{reason}; available: {known}")
 
 
 def require(config: DeviceConfig) -> Backend:

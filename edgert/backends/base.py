@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.device import DeviceConfig, DeviceInfo
+from edgert.device import DeviceConfig, DeviceInfo, DeviceKind
 from edgert.graph import Block
 
 if TYPE_CHECKING:
@@ -56,6 +56,14 @@ class Runner(Protocol):
         """Replace the states that are named."""
         ...
 
+    def rewind(self, tokens: int) -> bool:
+        """Keep the first `tokens` of all keys and values, if that takes no more than forgetting the others.
+
+        Returns:
+            False, and nothing changed, where the states must be read, cut and written instead.
+        """
+        ...
+
     def reset(self) -> None:
         """Empty all states."""
         ...
@@ -66,6 +74,14 @@ class TensorRunner(Runner, Protocol):
 
     def input_tensor(self, name: str) -> Tensor:
         """The runner's own memory for an input, where the device reads it without a copy if it can."""
+        ...
+
+
+class BindingRunner(Runner, Protocol):
+    """A runner that lets its caller own some inputs."""
+
+    def bind(self, name: str, array: Array) -> None:
+        """Let every later run read an input from this contiguous array, as it is then; `infer` is not given it."""
         ...
 
 
@@ -84,11 +100,17 @@ class TensorCompiled(Compiled, Protocol):
     def runner(self) -> TensorRunner: ...
 
 
+class BindingCompiled(Compiled, Protocol):
+    """A compiled submodel some of whose inputs are the caller's."""
+
+    def runner(self) -> BindingRunner: ...
+
+
 class Backend(Protocol):
     """One way to execute models."""
 
-    def devices(self) -> list[DeviceInfo]:
-        """The devices that are present and usable now."""
+    def devices(self, kind: DeviceKind | None = None) -> list[DeviceInfo]:
+        """The devices that are present and usable now; with a kind those of that kind, and no other is looked at."""
         ...
 
     def compile(self, model: ov.Model | Path, config: DeviceConfig, blocks: Sequence[Block] = ()) -> Compiled:

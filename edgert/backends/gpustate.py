@@ -27,7 +27,6 @@ class GpuStateRunner(OpenVinoRunner):
 
     def __init__(self, compiled: ov.CompiledModel, outputs: list[str], config: DeviceConfig) -> None:
         super().__init__(compiled, outputs, config)
-        self._ports = compiled.inputs
         self._empty = True
         self._prepared = False  # for states to be written
 
@@ -56,11 +55,11 @@ class GpuStateRunner(OpenVinoRunner):
         """Run on so many tokens, without any before them."""
         super().reset()
         inputs: dict[str, Tensor] = {}
-        for port in self._ports:
+        for name, port in self._ports.items():
             shape = port.get_partial_shape()
             # All open dimensions but the batch are the number of new tokens, or of all tokens: here the same.
             sizes = [(tokens if axis else 1) if dim.is_dynamic else dim.get_length() for axis, dim in enumerate(shape)]
-            inputs[port.get_any_name()] = np.ones(sizes, port.get_element_type().to_dtype())
+            inputs[name] = np.ones(sizes, port.get_element_type().to_dtype())
         super().infer(inputs)
 
 

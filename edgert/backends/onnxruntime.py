@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgert.backends.base import Array, Tensor, as_array
-from edgert.device import DeviceConfig, DeviceInfo
+from edgert.device import DeviceConfig, DeviceInfo, DeviceKind
 from edgert.errors import DeviceFailedError, MissingDependencyError
 from edgert.graph import Block
 
@@ -68,6 +68,9 @@ class OnnxRunner:
     def write_states(self, states: Mapping[str, Array]) -> None:
         self._states.update({name: _value(array) for name, array in states.items()})
 
+    def rewind(self, tokens: int) -> bool:
+        return False
+
     def reset(self) -> None:
         for name in self._pasts:
             port = self._inputs[name]
@@ -107,7 +110,9 @@ class OnnxCompiled:
 class OnnxBackend:
     """See `edgert.backends.base.Backend`."""
 
-    def devices(self) -> list[DeviceInfo]:
+    def devices(self, kind: DeviceKind | None = None) -> list[DeviceInfo]:
+        if kind not in {None, DeviceKind.ORT}:
+            return []
         variants = tuple(sorted(_providers(), key=lambda v: v != "CPU"))
         return [DeviceInfo("ORT", f"onnxruntime {ort.__version__}", variants, False, {})]
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
+from edgert import native
 from edgert.backends.base import Array, Tensor
-from edgert.device import DEFAULT_VARIANTS, DeviceConfig, DeviceInfo, DeviceKind
+from edgert.device import DEFAULT_VARIANTS, KERNEL_VARIANTS, DeviceConfig, DeviceInfo, DeviceKind
 from edgert.errors import DeviceFailedError, cause
 from edgert.folders import cache_folder
 from edgert.graph import Block
@@ -39,6 +40,8 @@ _PROPERTIES: dict[DeviceKind, dict[str, tuple[dict[str, str], str]]] = {
             {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "SNIPPETS_MODE": "DISABLE"},
             "FP32",
         ),
+        # edgert's own kernels (see edgert.native), and the plugin as in f32+dq for what they leave to it.
+        **{variant: ({"INFERENCE_PRECISION_HINT": "f32"}, "FP32") for variant in KERNEL_VARIANTS},
     },
     DeviceKind.GPU: {
         "f16": ({"INFERENCE_PRECISION_HINT": "f16"}, "FP16"),  # keys and values as the device's state: gpustate.py
@@ -62,7 +65,8 @@ class OpenVinoRunner:
 
     def __init__(self, compiled: ov.CompiledModel, outputs: list[str], config: DeviceConfig) -> None:
         self._request = compiled.create_infer_request()
-        self._inputs = [(port.get_any_name(), port) for port in compiled.inputs]
+        self._ports = {port.get_any_name(): port for port in compiled.inputs}
+        self._inputs = list(self._ports.items())
         self._bound: dict[str, ov.Tensor] = {}
         self._outputs = list(zip(outputs, compiled.outputs, strict=True))
         self._config = config
@@ -83,9 +87,15 @@ class OpenVinoRunner:
         except RuntimeError as error:
             raise DeviceFailedError(f"{self._config} failed: {cause(error)}") from error
 
+    def bind(self, name: str, array: Array) -> None:
+        tensor = ov.Tensor(array, shared_memory=True)
+        with failing(self._config):
+            self._request.set_tensor(self._ports[name], tensor)
+        self._inputs = [(other, port) for other, port in self._inputs if other != name]
+
     def input_tensor(self, name: str) -> ov.Tensor:
         with failing(self._config):
-            tensor = self._bound[name] = self._request.get_tensor(dict(self._inputs)[name])
+            tensor = self._bound[name] = self._request.get_tensor(self._ports[name])
         return tensor
 
     def read_states(self, names: Collection[str] | None = None) -> dict[str, Array]:
@@ -103,6 +113,10 @@ class OpenVinoRunner:
             for state in self._request.query_state():
                 if state.name in states:  # a contiguous array is read in place
                     state.state = ov.Tensor(np.ascontiguousarray(states[state.name]), shared_memory=True)
+
+    def rewind(self, tokens: int) -> bool:
+        with failing(self._config):
+            return not self._request.query_state()
 
     def reset(self) -> None:
         with failing(self._config):
@@ -126,12 +140,13 @@ class OpenVinoCompiled:
 class OpenVinoBackend:
     """See `edgert.backends.base.Backend`."""
 
-    def devices(self) -> list[DeviceInfo]:
+    def devices(self, kind: DeviceKind | None = None) -> list[DeviceInfo]:
         found = []
-        for name in core().available_devices:
+        # The list of all loads every plugin and wakes every driver, which a model on the CPU need not wait for.
+        for name in [str(kind)] if kind is DeviceKind.CPU else core().available_devices:
             # A driver that is half there lists a device and then fails to describe it. That must not cost the others.
             with suppress(RuntimeError):
-                if _kind(name) in _PROPERTIES:
+                if _kind(name) in (_PROPERTIES if kind is None else {kind}):
                     found.append(_info(name))
         return found
 
@@ -178,7 +193,8 @@ def _info(name: str) -> DeviceInfo:
     kind = DeviceKind(name.partition(".")[0])
     full_name = str(core().get_property(name, "FULL_DEVICE_NAME"))
     capabilities = [str(c) for c in core().get_property(name, "OPTIMIZATION_CAPABILITIES")]
-    variants = [v for v, (_, needed) in _PROPERTIES[kind].items() if needed in capabilities]
+    lacking = _lacking(kind)
+    variants = [v for v, (_, needed) in _PROPERTIES[kind].items() if needed in capabilities and v not in lacking]
     default = DEFAULT_VARIANTS[kind]
     return DeviceInfo(
         name=name,
@@ -192,7 +208,16 @@ def _info(name: str) -> DeviceInfo:
             **({} if variants else {"note": "not used by this version"}),
         },
         memory_bytes=_memory_bytes(name, kind),
+        lacking=lacking,
     )
+
+
+def _lacking(kind: DeviceKind) -> dict[str, str]:
+    """Why there are no kernels, by the configurations that want them."""
+    if kind is not DeviceKind.CPU:
+        return {}
+    reason = native.status().reason
+    return {} if reason is None else dict.fromkeys(KERNEL_VARIANTS, f"the native kernels do not load: {reason}")
 
 
 def _memory_bytes(name: str, kind: DeviceKind) -> int | None:

@@ -22,7 +22,7 @@ from edgert.backends.base import Array, Tensor, as_array
 from edgert.backends.openvino import BACKEND as OPENVINO
 from edgert.backends.openvino import OpenVinoCompiled, OpenVinoRunner, core
 from edgert.cost import Work, call_us, handover_us
-from edgert.device import DeviceConfig, DeviceInfo
+from edgert.device import DeviceConfig, DeviceInfo, DeviceKind
 from edgert.errors import DeviceFailedError
 from edgert.graph import BOUNDARY, Block
 from edgert.profile import DeviceModel, named, names
@@ -162,6 +162,9 @@ class SimulatedRunner:
             self._runner.write_states(states)
         self._past = next((array.shape[2] for name, array in own.items() if name in self._compiled.caches), self._past)
 
+    def rewind(self, tokens: int) -> bool:
+        return False
+
     def reset(self) -> None:
         self._device.faulty(self._calls)
         self._runner.reset()
@@ -225,7 +228,9 @@ class SimulatedBackend:
         self._lock = threading.Lock()
         self._devices: dict[DeviceConfig, SimulatedDevice] = {}
 
-    def devices(self) -> list[DeviceInfo]:
+    def devices(self, kind: DeviceKind | None = None) -> list[DeviceInfo]:
+        if kind not in {None, DeviceKind.SIM}:
+            return []
         models = names() if self._models is None else tuple(self._models)
         return [DeviceInfo("SIM", "simulated device (right results, no speed)", (*_UNTIMED, *models), True, {})]
 

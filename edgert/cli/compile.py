@@ -62,6 +62,10 @@ def add_parser(subparsers: Subparsers) -> None:
         help="tokens that caches have room for; the last is the limit of a sequence (default: 1024,4096)",
     )  # fmt: skip
     npu.add_argument("--npu-split", action="store_true", help="a submodel for each block, to place any of them alone")
+    parser.add_argument(
+        "--kernels", action=argparse.BooleanOptionalAction,
+        help="weights packed for edgert's CPU kernels, another copy (default: where the kernels load)",
+    )  # fmt: skip
     parser.add_argument("--name", help="the model's name for people (default: from SRC)")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.set_defaults(run=run)
@@ -102,6 +106,7 @@ def run(options: argparse.Namespace) -> int:
             npu=options.npu,
             npu_shapes=shapes,
             npu_split=options.npu_split,
+            kernels=options.kernels,
             progress=progress,
         )
         bars.update(current[-1], total=1, completed=1)

@@ -40,7 +40,10 @@ def _present_table(found: list[DeviceInfo]) -> Table:
             name.append(" (emulated: right results, no speed)", "dim")
         for label, value in info.details.items():
             name.append(f"\n{label}: ", "dim").append(value)
-        table.add_row(info.name, name, "\n".join(map(str, info.configs)))
+        configs = Text("\n".join(map(str, info.configs)))
+        for variant, reason in info.lacking.items():
+            configs.append(f"\nnot {info.name}@{variant}: {reason}", "dim")
+        table.add_row(info.name, name, configs)
         table.add_section()
     return table
 

@@ -80,7 +80,7 @@ def check_kernels() -> Check:
         return Check("native kernels", False, f"{status.path}: {status.reason}", f"build them again, {again}")
     names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS  # CMake's order too
     compiler = next((path for name in names if (path := shutil.which(name))), None)
-    detail = "not built, edgert is slower without; "
+    detail = "not built, so there is no CPU@kernels, which is faster; "
     if compiler:
         return Check("native kernels", None, f"{detail}{compiler} is there now", f"build them, {again}")
     detail += f"no C++ compiler on the path (looked for {', '.join(names)})"

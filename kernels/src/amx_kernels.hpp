@@ -13,8 +13,6 @@
 namespace edgert {
 namespace {
 
-constexpr std::int64_t kTileColumns = 64;  // bytes of a row of a tile
-
 // The codes of one block as bytes: [padded / 4][16 rows][4].
 template <class S>
 void unpack_block(const Weights& w, std::int64_t block, std::uint8_t* out) {
@@ -26,42 +24,28 @@ void unpack_block(const Weights& w, std::int64_t block, std::uint8_t* out) {
     }
 }
 
-// 16 rows times one block, as multiply_tile. `codes` are the block's bytes, `a` the rows' [16][padded].
+// 16 rows times one block, as multiply_tile. `codes` are the block's bytes, the rows' are [16][padded].
 template <class S, class Tiles>
 void multiply_full_tile(const Weights& w, const Activations& activations, std::int64_t first, std::int64_t block,
                         const std::uint8_t* codes, float (*out)[kLanes]) {
-    const auto* a = activations.codes + first * w.padded;
+    const auto* rows = activations.codes + first * w.padded;
     const auto* scales = activations.scales + first * w.steps();
-    const auto* sums = activations.sums + first * w.steps();
-    const auto* scale = w.scales + block * w.groups * kLanes;
-    const auto* zero = w.zero_points == nullptr ? nullptr : w.zero_points + block * w.groups * kLanes;
+    const auto* sums = activations.sums + first * w.groups;
     for (int r = 0; r < kLanes; ++r)
         S::store(out[r], S::set1(0.0f));
-    for (std::int64_t s = 0, filled = 0; s < w.steps(); ++s) {
-        const auto begin = s * w.step;
-        const auto end = std::min(begin + w.step, w.padded);
-        std::int32_t product[kLanes][kLanes];
-        Tiles::zero();
-        auto k = begin;
-        for (; k + kTileColumns <= end; k += kTileColumns)
-            Tiles::multiply(a + k, w.padded, codes + k * kLanes);
-        if (k < end)  // 32 columns: steps and paddings are multiples of that
-            Tiles::multiply_half(a + k, w.padded, codes + k * kLanes);
-        Tiles::store(product[0]);
-        const auto offset = zero == nullptr ? S::iset1(1 << (w.bits - 1)) : S::iload_u8(zero);
-        const auto factor = S::load_f16(scale);
-        for (int r = 0; r < kLanes; ++r) {
-            const auto sum = S::isub(S::iload(product[r]), S::imul16(offset, S::iset1(sums[r])));
-            S::store(out[r], S::fma(S::to_f32(sum), S::mul(factor, S::set1(scales[r])), S::load(out[r])));
+    for (std::int64_t g = 0; g < w.groups; ++g, sums += kLanes) {
+        typename S::F32 total[kLanes];
+        for (int r = 0; r < kLanes; ++r)
+            total[r] = S::set1(0.0f);
+        for (auto step = w.steps_of_group(); step > 0; --step, scales += kLanes) {
+            std::int32_t product[kLanes][kLanes];
+            Tiles::multiply(rows, w.padded, codes, product[0]);
+            for (int r = 0; r < kLanes; ++r)
+                total[r] = S::fma(S::to_f32(S::iload(product[r])), S::set1(scales[r]), total[r]);
+            rows += kStepColumns;
+            codes += kStepColumns * kLanes;
         }
-        scales += kLanes;
-        sums += kLanes;
-        filled += w.step;
-        if (filled == w.group) {
-            filled = 0;
-            scale += kLanes;
-            zero = zero == nullptr ? nullptr : zero + kLanes;
-        }
+        join_group<S>(w, block, g, kLanes, total, sums, out);
     }
 }
 

@@ -131,15 +131,16 @@ void cached_attention(const AttentionCall& call, const AttentionKernels& kernels
     const auto tile_results = kTileRows * result_stride(call.layout);
     auto* const results = spans > 1 ? room(buffers->results, tiles * spans * tile_results) : nullptr;
     auto* const left = spans > 1 ? buffers->counters(tiles, spans) : nullptr;
-    // The longest first: under a causal mask those of the last tokens.
+    // One head after another, whose keys and values then stay in a core's own cache; of a head the longest first, which
+    // under a causal mask are those of the last tokens.
     std::atomic<std::size_t> next{0};
     const auto work = rows * call.kv_heads * length * (call.layout.head_dim + call.layout.value_dim);
     run(tiles * spans, work <= kSerialWork, [&](std::size_t) {
         const auto i = next.fetch_add(1, std::memory_order_relaxed);
-        const auto tile = tiles - 1 - i / spans;
+        const auto tile = i / spans;
         AttentionUnit unit{};
-        unit.kv_head = tile % call.kv_heads;
-        unit.first = tile / call.kv_heads * kTileRows;
+        unit.kv_head = tile / row_tiles;
+        unit.first = (row_tiles - 1 - tile % row_tiles) * kTileRows;
         unit.rows = std::min(kTileRows, rows - unit.first);
         unit.begin = begin + i % spans * span;
         unit.end = std::min(end, unit.begin + span);

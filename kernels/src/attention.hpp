@@ -68,9 +68,10 @@ struct VisibleRange {
 };
 
 // The queries of one kv head, [tokens][group()], are rows that share its keys and values. A unit of work is a tile of up
-// to kTileRows of them over a span of the tokens in the cache, taken kStep tokens at a time.
+// to kTileRows of them over a span of the tokens in the cache, taken kStepTokens at a time.
 constexpr std::size_t kTileRows = 48;
-constexpr std::size_t kStep = 256;
+constexpr std::size_t kGroupRows = 6;  // whose sums one look at keys or values adds to, at most
+constexpr std::size_t kStepTokens = 256;
 constexpr std::size_t kMaxSpans = 64;
 
 struct AttentionUnit {
@@ -102,9 +103,9 @@ void cached_attention(const AttentionCall& call, const AttentionKernels& kernels
 
 // Floats of scratch memory that append and attend take: rows being prepared, queries, scores, weights, scales.
 inline std::size_t attention_scratch(const CacheLayout& layout) {
-    constexpr std::size_t kGroup = 12;  // rows that any instruction set takes at once
     const auto lanes = CacheLayout::kTokens;
-    return 2 * (layout.head_dim + lanes) + layout.value_dim + lanes + kTileRows * layout.head_dim + kStep * (2 * kGroup + 1);
+    return 2 * (layout.head_dim + lanes) + layout.value_dim + lanes + kTileRows * layout.head_dim +
+           kStepTokens * (2 * kGroupRows + 1);
 }
 
 }  // namespace edgert

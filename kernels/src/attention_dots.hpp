@@ -75,8 +75,10 @@ struct IntegerSums {
         low = S::dot(low, vector[kLane], four + 8 * kRow + 4);
     }
     template <class Use>
-    EDGERT_INLINE void use(const Use& f) const {
+    EDGERT_INLINE void use(const Use& f) {
         rest.use(f);
+        S::pin(high);
+        S::pin(low);
         f(kLane, kRow, S::to_f32(S::iadd(S::template shift_left<7>(high), low)));
     }
 };
@@ -120,13 +122,14 @@ struct FloatSums<S, 0, N> {
 template <class S>
 struct IntegerCache {
     static constexpr bool kIntegers = true;
-    static constexpr int kRows = S::kVectors >= 32 ? 12 : 3;  // two sums each
+    static constexpr int kSums = S::kVectors >= 32 ? 12 : 3;  // of two registers
+    static constexpr int kRows = S::kVectors >= 32 ? 6 : 3;  // fewer rows and more vectors: fewer factors to load
     static constexpr std::size_t kFactorBytes = 2;            // a row and dim or token
     static constexpr std::size_t kElementBytes = 1;
 
     template <int R>
     static constexpr int lanes() {
-        return kRows / R < 1 ? 1 : kRows / R > 4 ? 4 : kRows / R;
+        return kSums / R < 4 ? kSums / R : 4;
     }
 
     template <int R, int N, class Use>
@@ -140,8 +143,7 @@ struct IntegerCache {
             typename S::U8 vector[N];
             for (int n = 0; n < N; ++n) {
                 vector[n] = S::load_u8(codes + static_cast<std::size_t>(n) * stream.lanes);
-                if constexpr (R < kRows)
-                    S::prefetch(codes + static_cast<std::size_t>(n) * stream.lanes + stream.ahead);
+                S::prefetch_far(codes + static_cast<std::size_t>(n) * stream.lanes + stream.ahead);
             }
             sums.add(vector, four);
             four += 8 * R;
@@ -157,14 +159,15 @@ struct IntegerCache {
     // Row r of a group of R: 16 integers of up to 15 bits, as the factors of dims or tokens i, i + 1, ...
     static void put(std::uint8_t* factors, std::size_t i, std::size_t count, int group, int r, typename S::I32 value,
                     typename S::I32 high) {
-        std::int8_t bytes[2][kWide];
-        S::store_s8(bytes[0], high);
-        S::store_s8(bytes[1], S::isub(value, S::template shift_left<7>(high)));
-        for (std::size_t j = 0; j < kWide && j < count; j += kQuad) {
-            auto* const to = factors + ((i + j) / kQuad * static_cast<std::size_t>(group) + static_cast<std::size_t>(r)) * 2 * kQuad;
-            std::memcpy(to, bytes[0] + j, kQuad);
-            std::memcpy(to + kQuad, bytes[1] + j, kQuad);
-        }
+        const auto stride = static_cast<std::size_t>(group) * 2 * kQuad;
+        auto* const to = factors + i / kQuad * stride + static_cast<std::size_t>(r) * 2 * kQuad;
+        const auto low = S::isub(value, S::template shift_left<7>(high));
+        if (count >= kWide)
+            return S::store_quads(to, stride, high, low);
+        std::uint8_t all[2 * kWide];
+        S::store_quads(all, 2 * kQuad, high, low);
+        for (std::size_t j = 0; j < count; j += kQuad)
+            std::memcpy(to + j / kQuad * stride, all + 2 * j, 2 * kQuad);
     }
 
     // 15 bits: high -127..127, low -64..63.
@@ -185,9 +188,10 @@ struct IntegerCache {
     }
 
     // Weights, none negative, of 16 * blocks tokens. 14 bits: high and low 0..127.
-    static RowFactors put_weights(const float* weights, std::size_t blocks, std::uint8_t* factors, int group, int r) {
+    static RowFactors put_weights(const float* weights, std::size_t blocks, float largest, std::uint8_t* factors, int group,
+                                  int r) {
         constexpr float kSteps = 128 * 128 - 1;
-        const auto scale = scale_of(magnitude<S>(weights, blocks * kWide), kSteps);
+        const auto scale = scale_of(largest, kSteps);
         const auto inverse = S::set1(scale > 0.0f ? 1.0f / scale : 0.0f);
         auto sum = S::iset1(0);
         auto high_sum = S::iset1(0);
@@ -211,14 +215,14 @@ private:
 template <class S, bool Brain>
 struct HalfCache {
     static constexpr bool kIntegers = false;
-    static constexpr int kRows = S::kVectors >= 32 ? 12 : 6;
+    static constexpr int kSums = S::kVectors >= 32 ? 24 : 6;
+    static constexpr int kRows = 6;
     static constexpr std::size_t kFactorBytes = sizeof(float);
     static constexpr std::size_t kElementBytes = 2;
 
     template <int R>
     static constexpr int lanes() {
-        constexpr int most = S::kVectors >= 32 ? 24 / R : 6 / R;
-        return most < 1 ? 1 : most > 4 ? 4 : most;
+        return kSums / R < 4 ? kSums / R : 4;
     }
 
     static typename S::F32 load(const std::uint8_t* data) {
@@ -237,8 +241,7 @@ struct HalfCache {
             typename S::F32 vector[N];
             for (int n = 0; n < N; ++n) {
                 vector[n] = load(elements + static_cast<std::size_t>(n) * stream.lanes);
-                if constexpr (R < kRows)
-                    S::prefetch(elements + static_cast<std::size_t>(n) * stream.lanes + stream.ahead);
+                S::prefetch_far(elements + static_cast<std::size_t>(n) * stream.lanes + stream.ahead);
             }
             sums.add(vector, factor);
             factor += R;
@@ -254,7 +257,7 @@ struct HalfCache {
     static RowFactors put_query(const float* query, std::size_t dim, std::uint8_t* factors, int group, int r) {
         return put(query, dim, factors, group, r);
     }
-    static RowFactors put_weights(const float* weights, std::size_t blocks, std::uint8_t* factors, int group, int r) {
+    static RowFactors put_weights(const float* weights, std::size_t blocks, float, std::uint8_t* factors, int group, int r) {
         return put(weights, blocks * kWide, factors, group, r);
     }
 

@@ -1,176 +1,15 @@
-// CachedAttention for one instruction set S (simd_*.hpp): softmax over the cache, some tokens at a time.
+// CachedAttention for one instruction set S (simd_*.hpp): a unit of work from its queries to its results.
 //
-// The work is divided by positions alone and joined in order, so results do not depend on the number of threads.
+// The work is divided by positions alone and joined in order, so results do not depend on the number of threads; nor on
+// the instruction set, which only says how many rows share a look at the cache.
 
 #pragma once
 
 #include "attention_dots.hpp"
-#include "simd_math.hpp"
+#include "attention_softmax.hpp"
 
 namespace edgert {
 namespace {
-
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLowest = std::numeric_limits<float>::lowest();
-
-// 2^x, relative error below 2e-7, for x <= 0; 0 below -126; NaN stays NaN. Coefficients: a minimax fit on [-1/2, 1/2].
-template <class S>
-typename S::F32 exp2_negative(typename S::F32 x) {
-    const auto bounded = S::max(S::set1(-126.0f), x);
-    const auto n = S::to_i32(bounded);
-    const auto f = S::sub(bounded, S::to_f32(n));
-    auto p = S::fma(S::set1(1.326472614891827e-3f), f, S::set1(9.671512991189957e-3f));
-    p = S::fma(p, f, S::set1(5.550733581185341e-2f));
-    p = S::fma(p, f, S::set1(2.4022242426872253e-1f));
-    p = S::fma(p, f, S::set1(6.931470036506653e-1f));
-    p = S::fma(p, f, S::set1(1.0f));
-    const auto power = S::from_bits(S::iadd(S::bits(p), S::template shift_left<23>(n)));
-    return S::select_gt(S::set1(-126.0f), x, S::set1(0.0f), power);
-}
-
-template <class S>
-float exp2_negative_one(float x) {
-    float out[kWide];
-    S::store(out, exp2_negative<S>(S::set1(x)));
-    return out[0];
-}
-
-// Plain loops of counts, which compilers turn into vectors.
-inline std::size_t count_shown(const AttentionCall& call, std::size_t row, std::size_t begin, std::size_t end) {
-    std::uint32_t shown = 0;
-    if (call.mask != nullptr)
-        for (const auto* x = call.mask + row * call.total() + begin; begin < end; ++begin, ++x)
-            shown += !(*x <= kHidden);
-    else
-        for (const auto* x = call.visible + row * call.total() + begin; begin < end; ++begin, ++x)
-            shown += *x != 0;
-    return shown;
-}
-
-template <class S>
-VisibleRange scan_mask(const AttentionCall& call, std::size_t row) {
-    constexpr std::size_t kChunk = 256;
-    const auto total = call.total();
-    std::size_t begin = 0;
-    while (begin < total && count_shown(call, row, begin, begin + kChunk < total ? begin + kChunk : total) == 0)
-        begin += kChunk;
-    if (begin >= total)
-        return {0, 0, true};
-    while (count_shown(call, row, begin, begin + 1) == 0)
-        ++begin;
-    auto end = total;
-    while (end - begin > kChunk && count_shown(call, row, end - kChunk, end) == 0)
-        end -= kChunk;
-    while (count_shown(call, row, end - 1, end) == 0)
-        --end;
-    std::size_t plain = 0;
-    if (call.mask == nullptr) {
-        plain = count_shown(call, row, begin, end);
-    } else {
-        std::uint32_t zeros = 0;
-        const auto* const x = call.mask + row * total;
-        for (auto i = begin; i < end; ++i)
-            zeros += x[i] == 0.0f;
-        plain = zeros;
-    }
-    return {begin, end, plain == end - begin};
-}
-
-// A row of a unit.
-struct Row {
-    std::size_t token;
-    std::size_t head;
-    std::size_t begin;  // what it sees of the unit's span
-    std::size_t end;
-    bool plain;
-    float highest;
-    float sum;
-};
-
-// Scores of one row in 16 tokens of which it does not see all, or not all alike: hidden ones become -Inf.
-template <class S>
-typename S::F32 hide(const AttentionCall& call, const Row& row, std::size_t position, typename S::F32 scores) {
-    float added[kWide];
-    const auto mask = row.plain ? 0 : call.mask_row(row.token, row.head) + position;
-    for (std::size_t i = 0; i < kWide; ++i) {
-        added[i] = -kInfinity;
-        if (position + i < row.begin || position + i >= row.end)
-            continue;
-        if (row.plain)
-            added[i] = 0.0f;
-        else if (call.mask == nullptr)
-            added[i] = call.visible[mask + i] != 0 ? 0.0f : -kInfinity;
-        else if (!(call.mask[mask + i] <= kHidden))
-            added[i] = call.mask[mask + i] * kLog2E;
-    }
-    const auto mask_values = S::load(added);
-    return S::select_gt(S::set1(kLowest), mask_values, S::set1(-kInfinity), S::add(scores, mask_values));
-}
-
-// One step of online softmax: the row's scores of blocks [first, last), counted from the step's first token, become
-// weights relative to the highest score so far, times the values' scales where there are any. Returns the factor that
-// brings earlier sums to the same footing.
-template <class S>
-float weigh(const AttentionCall& call, Row& row, std::size_t position, std::size_t first, std::size_t last, float* scores,
-            const float* value_scales) {
-    const auto seen_begin = row.begin > position ? row.begin - position : 0;
-    const auto seen_end = row.end > position ? row.end - position : 0;
-    const auto begin = seen_begin / kWide < first ? first : seen_begin / kWide;
-    const auto end = whole_lanes(seen_end) / kWide > last ? last : whole_lanes(seen_end) / kWide;
-    const auto all_seen = [&](std::size_t block) {
-        return row.plain && block * kWide >= seen_begin && block * kWide + kWide <= seen_end;
-    };
-    const auto clear = [&](std::size_t from, std::size_t to) {
-        for (auto block = from; block < to; ++block)
-            S::store(scores + block * kWide, S::set1(0.0f));
-    };
-    if (begin >= end) {
-        clear(first, last);
-        return 1.0f;
-    }
-    auto highest = S::set1(-kInfinity);
-    for (auto block = begin; block < end; ++block) {
-        auto score = S::load(scores + block * kWide);
-        if (call.softcap > 0.0f)
-            score = S::mul(tanh<S>(score), S::set1(call.softcap * kLog2E));
-        if (!all_seen(block))
-            score = hide<S>(call, row, position + block * kWide, score);
-        S::store(scores + block * kWide, score);
-        highest = S::max(score, highest);  // skips NaN, which the weights will show
-    }
-    auto step_highest = S::highest(highest);
-    if (step_highest == -kInfinity) {  // all hidden, unless some are NaN
-        auto sum = S::set1(0.0f);
-        for (auto block = begin; block < end; ++block)
-            sum = S::add(sum, S::max(S::set1(0.0f), S::load(scores + block * kWide)));
-        const auto nan = S::sum(sum);
-        if (nan == 0.0f) {
-            clear(first, last);
-            return 1.0f;
-        }
-        step_highest = nan;
-    }
-    const auto now = row.highest > step_highest ? row.highest : step_highest;
-    const auto correction = exp2_negative_one<S>(row.highest - now);
-    row.highest = now;
-    clear(first, begin);
-    auto sum = S::set1(0.0f);
-    for (auto block = begin; block < end; ++block) {
-        const auto score = S::load(scores + block * kWide);
-        auto weight = exp2_negative<S>(S::sub(score, S::set1(now)));
-        sum = S::add(sum, weight);
-        if (value_scales != nullptr) {
-            weight = S::mul(weight, S::load(value_scales + block * kWide));
-            if (!all_seen(block))  // a hidden token's scale may be anything
-                weight = S::select_gt(S::set1(kLowest), score, S::set1(0.0f), weight);
-        }
-        S::store(scores + block * kWide, weight);
-    }
-    clear(end, last);
-    row.sum = row.sum * correction + S::sum(sum);
-    return correction;
-}
 
 // One unit of work for one precision of the cache.
 template <class S, class Cache>
@@ -184,8 +23,8 @@ public:
           m_row(scratch),
           m_queries(reinterpret_cast<std::uint8_t*>(m_row + 2 * whole_lanes(call.layout.head_dim))),
           m_scores(m_row + 2 * whole_lanes(call.layout.head_dim) + unit.rows * call.layout.head_dim),
-          m_weights(reinterpret_cast<std::uint8_t*>(m_scores + kGroup * kStep)),
-          m_scales(m_scores + 2 * kGroup * kStep),
+          m_weights(reinterpret_cast<std::uint8_t*>(m_scores + kGroupRows * kStepTokens)),
+          m_scales(m_scores + 2 * kGroupRows * kStepTokens),
           m_result(result) {
         for (std::size_t i = 0; i < unit.rows; ++i) {
             auto& row = m_rows[i];
@@ -214,13 +53,16 @@ public:
             begin = row.begin < begin ? row.begin : begin;
             end = row.end > end ? row.end : end;
         }
-        if (begin < end)
-            groups([&](auto size, std::size_t i) { put_queries<decltype(size)::value>(i); });
-        for (auto position = begin / kWide * kWide; position < end; position += kStep) {
-            const auto last = position + kStep < end ? position + kStep : end;
+        const auto first = begin / kWide * kWide;
+        for (auto position = first; position < end; position += kStepTokens) {
+            const auto last = position + kStepTokens < end ? position + kStepTokens : end;
             if constexpr (Cache::kIntegers)
                 copy_scales(position, last);
-            groups([&](auto size, std::size_t i) { step<decltype(size)::value>(i, position, last, careful); });
+            groups([&](auto size, std::size_t i) {
+                if (position == first)
+                    put_queries<decltype(size)::value>(i);
+                step<decltype(size)::value>(i, position, last, careful);
+            });
         }
         for (std::size_t i = 0; i < m_unit.rows; ++i) {
             result(i)[m_values] = m_rows[i].highest;
@@ -236,7 +78,7 @@ public:
     }
 
 private:
-    static constexpr std::size_t kGroup = static_cast<std::size_t>(Cache::kRows);
+    static_assert(Cache::kRows <= static_cast<int>(kGroupRows), "room in the scratch memory");
 
     float* result(std::size_t row) const { return m_result + row * result_stride(m_call.layout); }
     const std::uint8_t* block(std::size_t position) const { return m_call.block(position / kWide, m_unit.kv_head); }
@@ -257,6 +99,10 @@ private:
     void put_queries(std::size_t first) {
         const auto dim = m_call.layout.head_dim;
         const auto factor = S::set1(m_call.softcap > 0.0f ? m_call.scale / m_call.softcap : m_call.scale * kLog2E);
+        const auto next = first + static_cast<std::size_t>(R);
+        for (auto i = next; i < m_unit.rows && i < next + kGroupRows; ++i)
+            for (std::size_t at = 0; at < dim; at += kWide)
+                S::prefetch_far(m_call.query(m_rows[i].token, m_rows[i].head) + at);
         for (int r = 0; r < R; ++r) {
             const auto& row = m_rows[first + static_cast<std::size_t>(r)];
             prepare_row<S>(m_call, m_call.query(row.token, row.head), m_call.query_norm, row.token, m_row,
@@ -302,13 +148,14 @@ private:
         float corrections[R];
         RowFactors factors[R];
         for (int r = 0; r < R; ++r) {
-            auto* const row_scores = m_scores + static_cast<std::size_t>(r) * kStep;
-            corrections[r] = weigh<S>(m_call, rows[r], position, from, to, row_scores, Cache::kIntegers ? m_scales : nullptr);
-            factors[r] = Cache::put_weights(row_scores + from * kWide, to - from, m_weights, R, r);
+            auto* const row_scores = m_scores + static_cast<std::size_t>(r) * kStepTokens;
+            const auto weighed = weigh<S>(m_call, rows[r], position, from, to, row_scores, Cache::kIntegers ? m_scales : nullptr);
+            corrections[r] = weighed.correction;
+            factors[r] = Cache::put_weights(row_scores + from * kWide, to - from, weighed.largest, m_weights, R, r);
         }
         if constexpr (!Cache::kIntegers) {
             if (careful)
-                return careful_values<R>(first, position, from * kWide, last_seen - position, corrections);
+                return careful_values<R>(first, position, from * kWide, last_seen - position, corrections, factors);
         }
         constexpr std::size_t kDims = kWide * static_cast<std::size_t>(kLanesAtOnce);
         std::size_t dim = 0;
@@ -331,7 +178,7 @@ private:
                 const auto* const scales = reinterpret_cast<const float*>(key_scales + static_cast<std::size_t>(n) * stride);
                 sum = S::mul(sum, S::mul(S::load(scales), S::set1(factors[r].scale)));
             }
-            S::store(to + static_cast<std::size_t>(r) * kStep + static_cast<std::size_t>(n) * kWide, sum);
+            S::store(to + static_cast<std::size_t>(r) * kStepTokens + static_cast<std::size_t>(n) * kWide, sum);
         }
     };
     struct AddValues {
@@ -353,7 +200,7 @@ private:
         const auto& layout = m_call.layout;
         const auto* const data = block(position + b * kWide);
         const auto steps = Cache::kIntegers ? layout.head_dim / kQuad : layout.head_dim;
-        const Stream stream{data, steps, kVectorBytes, steps, 0, m_stride, 0};
+        const Stream stream{data, steps, kVectorBytes, steps, 0, m_stride, layout.values_at()};
         Cache::template multiply<R, N>(stream, queries(first), m_query_factors + first,
                                        StoreScores{m_scores + b * kWide, m_query_factors + first, data + layout.key_scales_at(), m_stride});
     }
@@ -367,28 +214,29 @@ private:
         // Past the last token there may be anything; codes of it do no harm, being no NaN, but come in fours.
         const auto total = Cache::kIntegers ? whole_lanes(end - position) / kQuad : end - position;
         const auto step = m_values * kVectorBytes / kWide;
-        const Stream stream{data, total, step, kTokenSteps, m_stride - kTokenSteps * step, kVectorBytes, 0};
+        const auto next_keys = kStepTokens / kWide * m_stride - layout.values_at();
+        const Stream stream{data, total, step, kTokenSteps, m_stride - kTokenSteps * step, kVectorBytes, next_keys};
         const auto stride = result_stride(layout);
         Cache::template multiply<R, N>(stream, m_weights, factors, AddValues{result(first) + dim, stride, corrections, factors});
     }
 
-    // f16 and bf16: one token after another, leaving out those without weight.
+    // f16 and bf16: the same sums, without the tokens that have no weight.
     template <int R>
-    void careful_values(std::size_t first, std::size_t position, std::size_t begin, std::size_t end, const float* corrections) {
-        for (std::size_t r = 0; r < static_cast<std::size_t>(R); ++r) {
-            auto* const to = result(first + r);
-            for (std::size_t dim = 0; dim < m_values; dim += kWide)
-                S::store(to + dim, S::mul(S::load(to + dim), S::set1(corrections[r])));
-            for (auto token = begin; token < end; ++token) {
-                const auto weight = m_scores[r * kStep + token];
-                if (weight == 0.0f)
-                    continue;
-                const auto* const data = block(position + token) + m_call.layout.values_at() +
-                                         token % kWide * m_values * Cache::kElementBytes;
-                for (std::size_t dim = 0; dim < m_values; dim += kWide) {
-                    const auto value = Cache::load(data + dim * Cache::kElementBytes);
-                    S::store(to + dim, S::fma(value, S::set1(weight), S::load(to + dim)));
+    void careful_values(std::size_t first, std::size_t position, std::size_t begin, std::size_t end, const float* corrections,
+                        const RowFactors* factors) {
+        const auto stride = result_stride(m_call.layout);
+        for (std::size_t dim = 0; dim < m_values; dim += kWide) {
+            const AddValues add{result(first) + dim, stride, corrections, factors};
+            for (int r = 0; r < R; ++r) {
+                auto sum = S::set1(0.0f);
+                for (auto token = begin; token < end; ++token) {
+                    const auto weight = m_scores[static_cast<std::size_t>(r) * kStepTokens + token];
+                    const auto* const values = block(position + token) + m_call.layout.values_at();
+                    if (weight != 0.0f)
+                        sum = S::fma(Cache::load(values + (token % kWide * m_values + dim) * Cache::kElementBytes),
+                                     S::set1(weight), sum);
                 }
+                add(0, r, sum);
             }
         }
     }
@@ -402,9 +250,9 @@ private:
     const std::size_t m_values;  // padded
     float* const m_row;          // two rows
     std::uint8_t* const m_queries;
-    float* const m_scores;  // [group][kStep]
+    float* const m_scores;  // [kGroupRows][kStepTokens]
     std::uint8_t* const m_weights;
-    float* const m_scales;  // of values, [kStep]
+    float* const m_scales;  // of values, [kStepTokens]
     float* const m_result;
     Row m_rows[kTileRows];
     RowFactors m_query_factors[kTileRows];

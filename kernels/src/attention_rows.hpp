@@ -57,13 +57,19 @@ void prepare_row(const AttentionCall& call, const float* x, const float* weight,
     }
 }
 
-// The largest magnitude, NaN and Inf being the largest; row padded to whole lanes.
+// Without a sign, bits order like values; Inf and then NaN are the largest.
+template <class S>
+typename S::I32 magnitude_bits(typename S::F32 x) {
+    return S::iand(S::bits(x), S::iset1(0x7FFFFFFF));
+}
+
+// The largest magnitude of a row that is padded to whole lanes.
 template <class S>
 float magnitude(const float* row, std::size_t dim) {
     auto highest = S::iset1(0);
     for (std::size_t i = 0; i < dim; i += kWide)
-        highest = S::imax(highest, S::iand(S::bits(S::load(row + i)), S::iset1(0x7FFFFFFF)));
-    return float_of(static_cast<std::uint32_t>(S::ihighest(highest)));  // without a sign, bits order like values
+        highest = S::imax(highest, magnitude_bits<S>(S::load(row + i)));
+    return float_of(static_cast<std::uint32_t>(S::ihighest(highest)));
 }
 
 // What `steps` steps of a scale must reach: the scale, which is 0 where a row is nothing and NaN where it is no number.

@@ -1,7 +1,9 @@
 #include "cached_attention.hpp"
 
 #include <cmath>
-#include <map>
+#include <initializer_list>
+#include <limits>
+#include <ostream>
 
 #include "attention.hpp"
 #include "dispatch.hpp"
@@ -13,21 +15,91 @@ namespace {
 constexpr std::int64_t kMaxHeads = 4096;
 constexpr std::int64_t kMaxDim = 1024;  // products of 15-bit queries and 8-bit keys add up within 32 bits
 
-const std::map<std::string, CachePrecision>& precisions() {
-    static const std::map<std::string, CachePrecision> names = {
-        {"i8", CachePrecision::i8}, {"f16", CachePrecision::f16}, {"bf16", CachePrecision::bf16}};
-    return names;
+enum Input { kQkv, kCache, kPast, kMask, kCos, kSin, kQueryNorm, kKeyNorm, kSinks };
+constexpr const char* kNames[] = {"qkv", "cache", "past", "mask", "cos", "sin", "q_norm", "k_norm", "sinks"};
+
+constexpr std::int64_t kAny = -1;
+
+// A shape, or what is known or expected of one. Checked at every token, so it takes no memory of its own.
+struct Dims {
+    static constexpr std::size_t kMostShown = 8;
+    std::int64_t rank = kAny;
+    std::int64_t dims[kMostShown] = {};
+
+    Dims() = default;
+    Dims(std::initializer_list<std::int64_t> expected) {
+        for (const auto dim : expected)
+            dims[++rank] = dim;
+        ++rank;
+    }
+    explicit Dims(const ov::PartialShape& shape) {
+        if (shape.rank().is_dynamic())
+            return;
+        rank = static_cast<std::int64_t>(shape.size());
+        for (std::size_t i = 0; i < shape.size() && i < kMostShown; ++i)
+            dims[i] = shape[i].is_static() ? shape[i].get_length() : kAny;
+    }
+    explicit Dims(const ov::Shape& shape) : rank(static_cast<std::int64_t>(shape.size())) {
+        for (std::size_t i = 0; i < shape.size() && i < kMostShown; ++i)
+            dims[i] = static_cast<std::int64_t>(shape[i]);
+    }
+    std::int64_t operator[](std::size_t i) const { return rank == kAny ? kAny : dims[i]; }
+    bool fits(const Dims& expected) const {
+        if (rank != kAny && rank != expected.rank)
+            return false;
+        for (std::size_t i = 0; rank != kAny && i < static_cast<std::size_t>(rank); ++i)
+            if (dims[i] != kAny && expected.dims[i] != kAny && dims[i] != expected.dims[i])
+                return false;
+        return true;
+    }
+    // Whether there are `count` elements, as far as is known.
+    bool holds(std::int64_t count) const {
+        if (rank == kAny || rank > static_cast<std::int64_t>(kMostShown))
+            return rank == kAny;
+        std::int64_t found = 1;
+        for (std::size_t i = 0; i < static_cast<std::size_t>(rank); ++i) {
+            if (dims[i] == kAny)
+                return true;
+            if (dims[i] > count)
+                return false;
+            found *= dims[i];
+        }
+        return found == count;
+    }
+};
+
+std::ostream& operator<<(std::ostream& out, const Dims& shape) {
+    if (shape.rank == kAny)
+        return out << "[...]";
+    out << '[';
+    for (std::size_t i = 0; i < static_cast<std::size_t>(shape.rank) && i < Dims::kMostShown; ++i) {
+        out << (i == 0 ? "" : ",");
+        shape.dims[i] == kAny ? out << '?' : out << shape.dims[i];
+    }
+    return out << (shape.rank > static_cast<std::int64_t>(Dims::kMostShown) ? ",...]" : "]");
 }
 
-bool fits(const ov::element::Type& type, const std::string& input) {
+bool fits(const ov::element::Type& type, Input input) {
     // The CPU plugin turns i64 into i32 and boolean into u8 throughout a graph.
-    if (input == "cache")
+    if (input == kCache)
         return type == ov::element::u8;
-    if (input == "past")
+    if (input == kPast)
         return type == ov::element::i64 || type == ov::element::i32;
-    if (input == "mask" && (type == ov::element::boolean || type == ov::element::u8))
+    if (input == kMask && (type == ov::element::boolean || type == ov::element::u8))
         return true;
     return type == ov::element::f32;
+}
+
+bool find_precision(const std::string& name, CachePrecision& found) {
+    if (name == "i8")
+        found = CachePrecision::i8;
+    else if (name == "f16")
+        found = CachePrecision::f16;
+    else if (name == "bf16")
+        found = CachePrecision::bf16;
+    else
+        return false;
+    return true;
 }
 
 std::int64_t scalar(const ov::Tensor& tensor) {
@@ -48,6 +120,7 @@ void CachedAttention::check_attributes() const {
     const auto check = [&](bool holds, const char* name, const auto& value, const auto&... rule) {
         NODE_VALIDATION_CHECK(this, holds, name, " must be ", rule..., ", got ", value);
     };
+    const auto finite = [](double x) { return std::fabs(x) <= static_cast<double>(std::numeric_limits<float>::max()); };
     check(a.kv_heads >= 1 && a.kv_heads <= kMaxHeads, "kv_heads", a.kv_heads, "1 to ", kMaxHeads);
     check(a.heads >= 1 && a.heads <= kMaxHeads && a.heads % a.kv_heads == 0, "heads", a.heads, "1 to ", kMaxHeads,
           " and a multiple of kv_heads ", a.kv_heads);
@@ -55,77 +128,83 @@ void CachedAttention::check_attributes() const {
           " and a multiple of 4");
     check(a.value_dim >= 4 && a.value_dim <= kMaxDim && a.value_dim % 4 == 0, "value_dim", a.value_dim, "4 to ",
           kMaxDim, " and a multiple of 4");
-    check(std::isfinite(a.scale), "scale", a.scale, "finite");
-    check(std::isfinite(a.softcap) && a.softcap >= 0, "softcap", a.softcap, "finite and not negative");
-    check(std::isfinite(a.epsilon) && a.epsilon >= 0, "epsilon", a.epsilon, "finite and not negative");
-    check(precisions().count(a.precision) == 1, "precision", a.precision, "i8, f16 or bf16");
+    check(finite(a.scale), "scale", a.scale, "finite");
+    check(finite(a.softcap) && a.softcap >= 0, "softcap", a.softcap, "finite and not negative");
+    check(finite(a.epsilon) && a.epsilon >= 0, "epsilon", a.epsilon, "finite and not negative");
+    CachePrecision precision{};
+    check(find_precision(a.precision, precision), "precision", a.precision, "i8, f16 or bf16");
     check(a.rope.empty() || a.rope == "half", "rope", a.rope, "empty or half");
     check(a.norm.empty() || a.norm == "rms", "norm", a.norm, "empty or rms");
     check(!(a.causal && a.mask), "causal", a.causal, "false where there is a mask");
 }
 
 CacheLayout CachedAttention::layout() const {
-    return {precisions().at(m_attributes.precision), static_cast<std::size_t>(m_attributes.head_dim),
-            static_cast<std::size_t>(m_attributes.value_dim)};
+    CacheLayout found{CachePrecision::i8, static_cast<std::size_t>(m_attributes.head_dim),
+                      static_cast<std::size_t>(m_attributes.value_dim)};
+    find_precision(m_attributes.precision, found.precision);
+    return found;
 }
 
-std::vector<std::string> CachedAttention::input_names() const {
-    std::vector<std::string> names = {"qkv", "cache", "past"};
-    if (m_attributes.mask)
-        names.insert(names.end(), {"mask"});
-    if (!m_attributes.rope.empty())
-        names.insert(names.end(), {"cos", "sin"});
-    if (!m_attributes.norm.empty())
-        names.insert(names.end(), {"q_norm", "k_norm"});
-    if (m_attributes.sinks)
-        names.insert(names.end(), {"sinks"});
-    return names;
-}
-
-ov::Dimension CachedAttention::check_inputs(const std::vector<ov::PartialShape>& shapes,
-                                            const std::vector<ov::element::Type>& types,
-                                            const ov::Dimension& total) const {
+CachedAttention::Inputs CachedAttention::inputs() const {
     const auto& a = m_attributes;
-    const auto names = input_names();
-    NODE_VALIDATION_CHECK(this, shapes.size() == names.size(), "takes ", names.size(),
-                          " inputs with these attributes, got ", shapes.size());
-    NODE_VALIDATION_CHECK(this, shapes[0].rank().compatible(3), "qkv must have rank 3, got shape ", shapes[0]);
-    const auto tokens = shapes[0].rank().is_static() ? shapes[0][1] : ov::Dimension();
-    const auto width = (a.heads + a.kv_heads) * a.head_dim + a.kv_heads * a.value_dim;
-    auto rope_dims = ov::Dimension();
-    for (std::size_t i = 0; i < names.size(); ++i) {
-        const auto& name = names[i];
-        const auto& shape = shapes[i];
-        NODE_VALIDATION_CHECK(this, types[i].is_dynamic() || fits(types[i], name), name, " cannot be ", types[i]);
-        if (name == "sinks") {
-            NODE_VALIDATION_CHECK(
-                this, shape.is_dynamic() || ov::shape_size(shape.to_shape()) == static_cast<std::size_t>(a.heads),
-                "sinks must have as many elements as heads, ", a.heads, ", got shape ", shape);
+    const bool present[] = {true, true, true, a.mask, !a.rope.empty(), !a.rope.empty(), !a.norm.empty(), !a.norm.empty(), a.sinks};
+    Inputs found{};
+    for (std::size_t i = 0; i < std::size(present); ++i)
+        if (present[i])
+            found.which[found.count++] = static_cast<int>(i);
+    return found;
+}
+
+// Every input against the attributes and each other; what is not known is taken as right. Returns the number of tokens.
+template <class Shape, class Type>
+std::int64_t CachedAttention::check_inputs(std::size_t count, const Shape& shape_of, const Type& type_of,
+                                           std::int64_t total) const {
+    const auto& a = m_attributes;
+    const auto expected = inputs();
+    NODE_VALIDATION_CHECK(this, count == expected.count, "takes ", expected.count, " inputs with these attributes, got ", count);
+    const Dims qkv(shape_of(0));
+    NODE_VALIDATION_CHECK(this, qkv.rank == kAny || qkv.rank == 3, "qkv must have rank 3, got shape ", qkv);
+    const auto tokens = qkv[1];
+    auto rope_dims = kAny;
+    for (std::size_t i = 0; i < count; ++i) {
+        const auto input = static_cast<Input>(expected.which[i]);
+        const auto* const name = kNames[input];
+        const Dims shape(shape_of(i));
+        const ov::element::Type type = type_of(i);
+        NODE_VALIDATION_CHECK(this, type.is_dynamic() || fits(type, input), name, " cannot be ", type);
+        Dims wanted;
+        switch (input) {
+        case kQkv:
+            wanted = {1, tokens, (a.heads + a.kv_heads) * a.head_dim + a.kv_heads * a.value_dim};
+            break;
+        case kCache:
+            wanted = {kAny, a.kv_heads, static_cast<std::int64_t>(layout().bytes())};
+            break;
+        case kPast:
+            wanted = {1};
+            break;
+        case kMask:
+            wanted = {1, shape[1] == 1 ? 1 : a.heads, shape[2] == 1 ? 1 : tokens, total};
+            break;
+        case kCos:
+        case kSin:
+            wanted = {1, tokens, rope_dims};
+            break;
+        case kQueryNorm:
+        case kKeyNorm:
+            wanted = {a.head_dim};
+            break;
+        case kSinks:
+            NODE_VALIDATION_CHECK(this, shape.holds(a.heads), "sinks must have as many elements as heads, ", a.heads,
+                                  ", got shape ", shape);
             continue;
         }
-        ov::PartialShape wanted;
-        if (name == "qkv")
-            wanted = {1, tokens, width};
-        else if (name == "cache")
-            wanted = {-1, a.kv_heads, static_cast<std::int64_t>(layout().bytes())};
-        else if (name == "past")
-            wanted = {1};
-        else if (name == "mask") {
-            wanted = {1, 1, 1, total};
-            if (shape.rank().is_static() && shape.size() == 4) {
-                wanted[1] = shape[1].compatible(1) ? shape[1] : a.heads;
-                wanted[2] = shape[2].compatible(1) ? shape[2] : tokens;
-            }
-        } else if (name == "cos" || name == "sin")
-            wanted = {1, tokens, rope_dims};
-        else
-            wanted = {a.head_dim};
-        NODE_VALIDATION_CHECK(this, shape.compatible(wanted), name, " must have shape ", wanted, ", got ", shape);
-        if (name == "cos" && shape.rank().is_static()) {
+        NODE_VALIDATION_CHECK(this, shape.fits(wanted), name, " must have shape ", wanted, ", got ", shape);
+        if (input == kCos) {
             rope_dims = shape[2];
-            NODE_VALIDATION_CHECK(
-                this, rope_dims.is_dynamic() || (rope_dims.get_length() % 2 == 0 && rope_dims.get_length() <= a.head_dim),
-                "the last dimension of cos must be even and at most head_dim ", a.head_dim, ", got ", rope_dims);
+            NODE_VALIDATION_CHECK(this, rope_dims == kAny || (rope_dims % 2 == 0 && rope_dims <= a.head_dim),
+                                  "the last dimension of cos must be even and at most head_dim ", a.head_dim, ", got ",
+                                  rope_dims);
         }
     }
     return tokens;
@@ -133,14 +212,10 @@ ov::Dimension CachedAttention::check_inputs(const std::vector<ov::PartialShape>&
 
 void CachedAttention::validate_and_infer_types() {
     check_attributes();
-    std::vector<ov::PartialShape> shapes;
-    std::vector<ov::element::Type> types;
-    for (std::size_t i = 0; i < get_input_size(); ++i) {
-        shapes.push_back(get_input_partial_shape(i));
-        types.push_back(get_input_element_type(i));
-    }
-    const auto tokens = check_inputs(shapes, types, ov::Dimension());
-    set_output_type(0, ov::element::f32, {1, tokens, m_attributes.heads * m_attributes.value_dim});
+    const auto tokens = check_inputs(
+        get_input_size(), [&](std::size_t i) -> const ov::PartialShape& { return get_input_partial_shape(i); },
+        [&](std::size_t i) { return get_input_element_type(i); }, kAny);
+    set_output_type(0, ov::element::f32, {1, ov::Dimension(tokens), m_attributes.heads * m_attributes.value_dim});
 }
 
 std::shared_ptr<ov::Node> CachedAttention::clone_with_new_inputs(const ov::OutputVector& inputs) const {
@@ -166,31 +241,29 @@ bool CachedAttention::visit_attributes(ov::AttributeVisitor& visitor) {
 }
 
 bool CachedAttention::has_evaluate() const {
-    const auto names = input_names();
-    for (std::size_t i = 0; i < names.size() && i < get_input_size(); ++i)
-        if (!fits(get_input_element_type(i), names[i]))
+    const auto expected = inputs();
+    if (get_input_size() != expected.count)
+        return false;
+    for (std::size_t i = 0; i < expected.count; ++i)
+        if (!fits(get_input_element_type(i), static_cast<Input>(expected.which[i])))
             return false;
-    return get_input_size() == names.size();
+    return true;
 }
 
-bool CachedAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+bool CachedAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector& tensors) const {
     // With dynamic dimensions the shapes are known only here, and a wrong one would read or write past a tensor's end.
     const auto& a = m_attributes;
-    OPENVINO_ASSERT(inputs.size() == input_names().size() && inputs[0].get_shape().size() == 3 && inputs[2].get_size() == 1,
+    OPENVINO_ASSERT(tensors.size() == inputs().count && tensors[0].get_shape().size() == 3 && tensors[2].get_size() == 1,
                     "CachedAttention ", get_friendly_name(), ": wrong number or rank of inputs");
-    const auto past = scalar(inputs[2]);
-    const auto tokens = inputs[0].get_shape()[1];
-    const auto room = inputs[1].get_shape().empty() ? 0 : inputs[1].get_shape()[0] * CacheLayout::kTokens;
+    const auto past = scalar(tensors[2]);
+    const auto tokens = tensors[0].get_shape()[1];
+    const auto room = tensors[1].get_shape().empty() ? 0 : tensors[1].get_shape()[0] * CacheLayout::kTokens;
     OPENVINO_ASSERT(past >= 0 && static_cast<std::size_t>(past) <= room && tokens <= room - static_cast<std::size_t>(past),
                     "CachedAttention ", get_friendly_name(), ": past ", past, " and ", tokens,
                     " new tokens do not fit the cache of ", room, " tokens");
-    std::vector<ov::PartialShape> shapes;
-    std::vector<ov::element::Type> types;
-    for (const auto& input : inputs) {
-        shapes.emplace_back(input.get_shape());
-        types.push_back(input.get_element_type());
-    }
-    check_inputs(shapes, types, static_cast<std::int64_t>(past + static_cast<std::int64_t>(tokens)));
+    check_inputs(
+        tensors.size(), [&](std::size_t i) -> const ov::Shape& { return tensors[i].get_shape(); },
+        [&](std::size_t i) { return tensors[i].get_element_type(); }, past + static_cast<std::int64_t>(tokens));
     outputs[0].set_shape({1, tokens, static_cast<std::size_t>(a.heads * a.value_dim)});
     if (tokens == 0)
         return true;
@@ -205,11 +278,11 @@ bool CachedAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector
     call.softcap = static_cast<float>(a.softcap);
     call.epsilon = static_cast<float>(a.epsilon);
     call.causal = a.causal;
-    call.qkv = inputs[0].data<const float>();
+    call.qkv = tensors[0].data<const float>();
     // The one input that is an output too: the caller hands over its cache to be extended in place.
-    call.cache = const_cast<std::uint8_t*>(inputs[1].data<const std::uint8_t>());
+    call.cache = const_cast<std::uint8_t*>(tensors[1].data<const std::uint8_t>());
     call.out = outputs[0].data<float>();
-    auto next = inputs.begin() + 3;
+    auto next = tensors.begin() + 3;
     if (a.mask) {
         call.mask_heads = next->get_shape()[1];
         call.mask_rows = next->get_shape()[2];
@@ -230,7 +303,7 @@ bool CachedAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector
     }
     if (a.sinks)
         call.sinks = next->data<const float>();
-    cached_attention(call, kernels().attention);
+    cached_attention(call, *kernels().attention);
     return true;
 }
 

@@ -53,10 +53,13 @@ public:
 
 private:
     void check_attributes() const;
-    // Every input against the attributes and each other; what is dynamic is taken as right. Returns the number of tokens.
-    ov::Dimension check_inputs(const std::vector<ov::PartialShape>& shapes, const std::vector<ov::element::Type>& types,
-                               const ov::Dimension& total) const;
-    std::vector<std::string> input_names() const;
+    template <class Shape, class Type>
+    std::int64_t check_inputs(std::size_t count, const Shape& shape_of, const Type& type_of, std::int64_t total) const;
+    struct Inputs {
+        std::size_t count;
+        int which[9];
+    };
+    Inputs inputs() const;  // which there are
     CacheLayout layout() const;
 
     Attributes m_attributes;

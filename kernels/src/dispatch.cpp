@@ -105,6 +105,7 @@ Cpu detect() {
 }
 #endif
 
+constexpr const char* kVariable = "EDGERT_KERNELS_MAX_ISA";
 constexpr const char* kNames[] = {"scalar", "avx2", "avx2-vnni", "avx512-vnni", "amx-int8"};  // ascending
 
 const Kernels* of_this_cpu(const char* name) {
@@ -140,13 +141,11 @@ const Kernels* best_up_to(const char* limit) {
     return &scalar_kernels;
 }
 
+// Null where the environment variable has no name of an instruction set.
 std::atomic<const Kernels*>& chosen() {
     static std::atomic<const Kernels*> kernels{[] {
-        const char* limit = std::getenv("EDGERT_KERNELS_MAX_ISA");
-        const auto* found = best_up_to(limit == nullptr || *limit == '\0' ? kNames[std::size(kNames) - 1] : limit);
-        OPENVINO_ASSERT(found != nullptr, "EDGERT_KERNELS_MAX_ISA is '", limit,
-                        "', expected scalar, avx2, avx2-vnni, avx512-vnni or amx-int8");
-        return found;
+        const char* limit = std::getenv(kVariable);
+        return best_up_to(limit == nullptr || *limit == '\0' ? kNames[std::size(kNames) - 1] : limit);
     }()};
     return kernels;
 }
@@ -154,7 +153,10 @@ std::atomic<const Kernels*>& chosen() {
 }  // namespace
 
 const Kernels& kernels() {
-    return *chosen().load(std::memory_order_relaxed);
+    const auto* found = chosen().load(std::memory_order_relaxed);
+    OPENVINO_ASSERT(found != nullptr, kVariable, " is '", std::getenv(kVariable),
+                    "', expected scalar, avx2, avx2-vnni, avx512-vnni or amx-int8");
+    return *found;
 }
 
 }  // namespace edgert
@@ -162,14 +164,15 @@ const Kernels& kernels() {
 extern "C" {
 
 EDGERT_EXPORT const char* edgert_kernels_isa() {
-    return edgert::kernels().name;
+    const edgert::Kernels* found = edgert::chosen();
+    return found == nullptr ? nullptr : found->name;
 }
 
 EDGERT_EXPORT const char* edgert_kernels_limit_isa(const char* limit) {
-    if (const auto* found = edgert::best_up_to(limit))
-        edgert::chosen() = found;
-    else
+    const auto* found = limit == nullptr ? nullptr : edgert::best_up_to(limit);
+    if (found == nullptr)
         return nullptr;
-    return edgert::kernels().name;
+    edgert::chosen() = found;
+    return found->name;
 }
 }

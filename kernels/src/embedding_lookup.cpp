@@ -9,10 +9,10 @@ namespace {
 
 // One row of the table; out f32 [in_features].
 void read_row(const Weights& w, std::int64_t row, float* out) {
-    const auto block = row / kLanes, lane = row % kLanes;
+    const auto block = row / kLanes, lane = row % kLanes, group = w.in_features / w.groups;
     const auto* codes = w.codes + block * w.block_bytes() + lane * 4;
     for (std::int64_t k = 0; k < w.in_features; ++k) {
-        const auto at = block * w.groups * kLanes + k / w.group * kLanes + lane;
+        const auto at = block * w.groups * kLanes + k / group * kLanes + lane;
         const auto zero = w.zero_points == nullptr ? 1 << (w.bits - 1) : static_cast<int>(w.zero_points[at]);
         const auto byte = static_cast<int>(w.bits == 4 ? codes[k / 8 * 64 + k % 4] : codes[k / 4 * 64 + k % 4]);
         const auto code = w.bits == 8 ? byte : k % 8 < 4 ? byte & 15 : byte >> 4;
@@ -72,7 +72,7 @@ bool EmbeddingLookup::evaluate(ov::TensorVector& outputs, const ov::TensorVector
     auto shape = inputs[0].get_shape();
     shape.push_back(static_cast<std::size_t>(m_packed.in_features));
     outputs[0].set_shape(shape);
-    const auto w = m_packed.view(inputs[1].data<const std::uint8_t>());
+    const auto w = m_packed.view(inputs[1].data<const std::uint8_t>(), name);
     if (inputs[0].get_element_type() == ov::element::i32)
         look_up<std::int32_t>(inputs[0], w, m_packed.rows, outputs[0].data<float>(), name);
     else

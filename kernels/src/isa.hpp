@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include "attention_kernels.hpp"
 #include "dispatch.hpp"
 #include "linear_kernels.hpp"
 
@@ -10,8 +9,8 @@ namespace edgert {
 namespace {
 
 template <class S>
-constexpr Kernels make_kernels(const char* name) {
-    return {name, S::kRows, quantize_tile<S>, multiply_blocks<S>, attention_kernels<S>()};
+constexpr Kernels make_kernels(const char* name, const AttentionKernels& attention) {
+    return {name, S::kRows, quantize_tile<S>, multiply_blocks<S>, &attention};
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include "simd_avx2.hpp"
 
+#include "attention_kernels.hpp"
 #include "isa.hpp"
 
 namespace edgert {
@@ -22,10 +23,14 @@ struct VnniProducts {
 }  // namespace
 
 #ifdef EDGERT_AVX512_ENCODING
+extern const AttentionKernels avx512vl_vnni_attention;
+constexpr AttentionKernels avx512vl_vnni_attention = attention_kernels<Avx2<VnniProducts>>();
 extern const Kernels avx512vl_vnni_kernels;
-constexpr Kernels avx512vl_vnni_kernels = make_kernels<Avx2<VnniProducts>>("avx2-vnni");
+constexpr Kernels avx512vl_vnni_kernels = make_kernels<Avx2<VnniProducts>>("avx2-vnni", avx512vl_vnni_attention);
 #else
+extern const AttentionKernels avx2_vnni_attention;
+constexpr AttentionKernels avx2_vnni_attention = attention_kernels<Avx2<VnniProducts>>();
 extern const Kernels avx2_vnni_kernels;
-constexpr Kernels avx2_vnni_kernels = make_kernels<Avx2<VnniProducts>>("avx2-vnni");
+constexpr Kernels avx2_vnni_kernels = make_kernels<Avx2<VnniProducts>>("avx2-vnni", avx2_vnni_attention);
 #endif
 }  // namespace edgert

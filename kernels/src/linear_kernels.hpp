@@ -1,6 +1,6 @@
 // QuantizedLinear for one instruction set S (simd_*.hpp): INT8 activations times packed INT4 or INT8 weights.
 //
-// Products of one step (at most 128 columns) are summed exactly in 32-bit integers; steps are then joined in f32, in
+// Products of one step (32 columns) are summed exactly in 32-bit integers; steps, and then groups, are joined in f32, in
 // order. So a result depends neither on the instruction set nor on how the work was divided.
 
 #pragma once
@@ -25,7 +25,7 @@ void quantize_tile(const Weights& w, const Activations& a, const Norm& norm, std
     const auto n = std::min<std::int64_t>(S::kRows, a.rows - first);
     auto* codes = a.codes + first * w.padded;
     auto* scales = a.scales + first * w.steps();
-    auto* sums = a.sums + first * w.steps();
+    auto* sums = a.sums + first * w.groups;
     std::memset(scratch + w.in_features, 0, static_cast<std::size_t>(w.padded - w.in_features) * sizeof(float));
     for (std::int64_t r = 0; r < n; ++r) {
         std::memcpy(scratch, data + r * w.in_features, static_cast<std::size_t>(w.in_features) * sizeof(float));
@@ -44,22 +44,19 @@ void quantize_tile(const Weights& w, const Activations& a, const Norm& norm, std
                 scratch[k] = scratch[k] * factor * norm.weight[k];
         }
         for (std::int64_t s = 0; s < w.steps(); ++s) {
-            const auto begin = s * w.step;
-            const auto end = std::min(begin + w.step, w.padded);
-            auto highest = S::iset1(0);
-            for (auto k = begin; k < end; k += kLanes)
-                highest = S::imax(highest, S::iand(S::bits(S::load(scratch + k)), S::iset1(0x7FFFFFFF)));
-            const auto bits = S::ihighest(highest);  // of positive numbers the bits order like the values; NaN comes last
+            const auto* x = scratch + s * kStepColumns;
+            const auto size = [&](const float* p) { return S::iand(S::bits(S::load(p)), S::iset1(0x7FFFFFFF)); };
+            // Of positive numbers the bits order like the values, and NaN comes last.
+            const auto bits = S::ihighest(S::imax(size(x), size(x + kLanes)));
             float largest = 0.0f;
             std::memcpy(&largest, &bits, sizeof largest);
             const bool finite = bits < 0x7F800000;
             // Below, 127 / largest would overflow; such a step is zero as far as INT8 can tell.
-            const bool tiny = largest < 1e-36f;
-            const auto inverse = S::set1(finite && !tiny ? 127.0f / largest : 0.0f);
+            const bool zero = largest < 1e-36f;
+            const auto scale = !finite ? std::numeric_limits<float>::quiet_NaN() : zero ? 0.0f : largest / 127.0f;
             auto sum = S::iset1(0);
-            for (auto k = begin; k < end; k += kLanes) {
-                const auto x = finite ? S::load(scratch + k) : S::set1(0.0f);
-                const auto code = S::to_i32(S::mul(x, inverse));
+            for (std::int64_t k = s * kStepColumns; k < (s + 1) * kStepColumns; k += kLanes) {
+                const auto code = finite && !zero ? S::to_i32(S::mul(S::load(scratch + k), S::set1(127.0f / largest))) : S::iset1(0);
                 sum = S::iadd(sum, code);
                 if (S::kRowByRow && n == S::kRows) {  // for AMX: [n][padded] instead of [padded / 4][n][4]
                     S::store_s8(codes + r * w.padded + k, code);
@@ -70,70 +67,69 @@ void quantize_tile(const Weights& w, const Activations& a, const Norm& norm, std
                 for (std::int64_t q = 0; q < kLanes / 4; ++q)
                     std::memcpy(codes + ((k / 4 + q) * n + r) * 4, bytes + 4 * q, 4);
             }
-            scales[s * n + r] = !finite ? std::numeric_limits<float>::quiet_NaN() : tiny ? 0.0f : largest / 127.0f;
-            sums[s * n + r] = S::isum(sum);
+            scales[s * n + r] = scale;
+            auto& total = sums[s / w.steps_of_group() * n + r];
+            total = std::fma(static_cast<float>(S::isum(sum)), scale, s % w.steps_of_group() == 0 ? 0.0f : total);
         }
     }
 }
 
-// One block of 16 columns for N rows: out[r] = sum over steps.
+// Add what n rows got from one group of the weights of a block.
+template <class S>
+void join_group(const Weights& w, std::int64_t block, std::int64_t group, int n, const typename S::F32* total,
+                const float* sums, float (*out)[kLanes]) {
+    const auto at = (block * w.groups + group) * kLanes;
+    const auto scale = S::load_f16(w.scales + at);
+    const auto zero = w.zero_points == nullptr ? S::iset1(1 << (w.bits - 1)) : S::iload_u8(w.zero_points + at);
+    const auto offset = S::mul(scale, S::to_f32(S::isub(S::iset1(0), zero)));
+    for (int r = 0; r < n; ++r) {
+        const auto sum = S::fma(total[r], scale, S::load(out[r]));
+        S::store(out[r], S::fma(offset, S::set1(sums[r]), sum));
+    }
+}
+
+// One block of 16 columns for N rows: out[r] = sum over groups of scale * (sum over steps - zero point * sum of row).
 template <class S, int Bits, int N>
 void multiply_tile(const Weights& w, const Activations& a, std::int64_t first, std::int64_t block, float (*out)[kLanes]) {
     const auto* weight = w.codes + block * w.block_bytes();
-    const auto* scale = w.scales + block * w.groups * kLanes;
-    const auto* zero = w.zero_points == nullptr ? nullptr : w.zero_points + block * w.groups * kLanes;
     const auto* codes = a.codes + first * w.padded;
     const auto* scales = a.scales + first * w.steps();
-    const auto* sums = a.sums + first * w.steps();
+    const auto* sums = a.sums + first * w.groups;
     for (int r = 0; r < N; ++r)
         S::store(out[r], S::set1(0.0f));
-    for (std::int64_t begin = 0, filled = 0; begin < w.padded; begin += w.step) {
-        const auto end = std::min(begin + w.step, w.padded);
-        // Codes are unsigned, so the zero point's share is taken off: as the first value of the sum it costs nothing.
-        const auto offset = zero == nullptr ? S::iset1(1 << (Bits - 1)) : S::iload_u8(zero);
-        typename S::I32 acc[N], odd[N];  // two chains a row: one would wait for each product's latency
-        for (int r = 0; r < N; ++r) {
-            acc[r] = S::isub(S::iset1(0), S::imul16(offset, S::iset1(sums[r])));
-            odd[r] = S::iset1(0);
-        }
-        for (auto k = begin; k < end; k += 8) {
-            if constexpr (Bits == 4) {
-                const auto both = S::load_u8(weight);
+    for (std::int64_t g = 0; g < w.groups; ++g, sums += N) {
+        typename S::F32 total[N];
+        for (int r = 0; r < N; ++r)
+            total[r] = S::set1(0.0f);
+        for (auto step = w.steps_of_group(); step > 0; --step, scales += N) {
+            typename S::I32 acc[N];
+            for (int r = 0; r < N; ++r)
+                acc[r] = S::iset1(0);
+            for (int k = 0; k < kStepColumns; k += 8, codes += 8 * N) {
                 S::prefetch(weight + 512);
-                const auto low = S::low_nibbles(both);
-                for (int r = 0; r < N; ++r)
-                    acc[r] = S::dot_nibbles(acc[r], low, codes + 4 * r);
-                const auto high = S::high_nibbles(both);
-                auto& second = N <= S::kRows / 4 ? odd : acc;
-                for (int r = 0; r < N; ++r)
-                    second[r] = S::dot_nibbles(second[r], high, codes + 4 * (N + r));
-                weight += 64;
-            } else {
-                const auto one = S::load_u8(weight);
-                S::prefetch(weight + 512);
-                for (int r = 0; r < N; ++r)
-                    acc[r] = S::dot(acc[r], one, codes + 4 * r);
-                const auto two = S::load_u8(weight + 64);
-                auto& second = N <= S::kRows / 4 ? odd : acc;
-                for (int r = 0; r < N; ++r)
-                    second[r] = S::dot(second[r], two, codes + 4 * (N + r));
-                weight += 128;
+                if constexpr (Bits == 4) {
+                    const auto both = S::load_u8(weight);
+                    const auto low = S::low_nibbles(both);
+                    for (int r = 0; r < N; ++r)
+                        acc[r] = S::dot_nibbles(acc[r], low, codes + 4 * r);
+                    const auto high = S::high_nibbles(both);
+                    for (int r = 0; r < N; ++r)
+                        acc[r] = S::dot_nibbles(acc[r], high, codes + 4 * (N + r));
+                    weight += 64;
+                } else {
+                    const auto low = S::load_u8(weight);
+                    for (int r = 0; r < N; ++r)
+                        acc[r] = S::dot(acc[r], low, codes + 4 * r);
+                    const auto high = S::load_u8(weight + 64);
+                    for (int r = 0; r < N; ++r)
+                        acc[r] = S::dot(acc[r], high, codes + 4 * (N + r));
+                    weight += 128;
+                }
             }
-            codes += 8 * N;
+            for (int r = 0; r < N; ++r)
+                total[r] = S::fma(S::to_f32(acc[r]), S::set1(scales[r]), total[r]);
         }
-        const auto factor = S::load_f16(scale);
-        for (int r = 0; r < N; ++r) {
-            const auto sum = N <= S::kRows / 4 ? S::iadd(acc[r], odd[r]) : acc[r];
-            S::store(out[r], S::fma(S::to_f32(sum), S::mul(factor, S::set1(scales[r])), S::load(out[r])));
-        }
-        scales += N;
-        sums += N;
-        filled += w.step;
-        if (filled == w.group) {  // never where one scale serves the whole row: there is no next one
-            filled = 0;
-            scale += kLanes;
-            zero = zero == nullptr ? nullptr : zero + kLanes;
-        }
+        join_group<S>(w, block, g, N, total, sums, out);
     }
 }
 

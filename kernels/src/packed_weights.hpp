@@ -41,7 +41,10 @@ struct PackedShape {
         const auto scales = blocks() * groups() * kLanes;
         return static_cast<std::size_t>(blocks() * kLanes * (padded() / 8) * bits + scales * (asymmetric ? 3 : 2));
     }
-    Weights view(const std::uint8_t* data) const {
+    // Throws ov::Exception where the scales could not be read as 16-bit numbers.
+    Weights view(const std::uint8_t* data, const std::string& owner) const {
+        OPENVINO_ASSERT(reinterpret_cast<std::uintptr_t>(data) % alignof(std::uint16_t) == 0, owner,
+                        ": weights begin at an odd address");
         Weights w{};
         w.codes = data;
         const auto* scales = data + blocks() * kLanes * (padded() / 8) * bits;
@@ -51,8 +54,6 @@ struct PackedShape {
         w.padded = padded();
         w.blocks = blocks();
         w.groups = groups();
-        w.group = group;
-        w.step = group == in_features || group % kMaxStep == 0 ? kMaxStep : group % 64 == 0 ? 64 : 32;
         w.bits = static_cast<int>(bits);
         return w;
     }

@@ -17,14 +17,17 @@ void parallel_for(std::int64_t count, const Task& task) {
         task(std::int64_t{0});
         return;
     }
-    // simple_partitioner: one piece of work a task. How large a piece is, the caller knows better than a heuristic.
-    tbb::parallel_for(
-        tbb::blocked_range<std::int64_t>(0, count, 1),
-        [&](const tbb::blocked_range<std::int64_t>& range) {
-            for (auto i = range.begin(); i < range.end(); ++i)
-                task(i);
-        },
-        tbb::simple_partitioner());
+    // Isolated: a thread that waits here for the others must not begin another request's work, which uses the same
+    // thread-local buffers. simple_partitioner: how large a piece of work is, the caller knows better than a heuristic.
+    tbb::this_task_arena::isolate([&] {
+        tbb::parallel_for(
+            tbb::blocked_range<std::int64_t>(0, count, 1),
+            [&](const tbb::blocked_range<std::int64_t>& range) {
+                for (auto i = range.begin(); i < range.end(); ++i)
+                    task(i);
+            },
+            tbb::simple_partitioner());
+    });
 }
 
 inline std::int64_t thread_count() {

@@ -27,18 +27,18 @@ Activation activation_of(const std::string& name) {
 // Buffers of the thread that evaluates, kept from call to call.
 struct Scratch {
     std::vector<std::int8_t> codes;
-    std::vector<float> scales;
-    std::vector<std::int32_t> sums;
+    std::vector<float> scales, sums;
 
     Activations fit(const Weights& w, std::int64_t rows) {
-        const auto count = [](std::int64_t a, std::int64_t b) { return static_cast<std::size_t>(a * b); };
-        if (codes.size() < count(rows, w.padded))
-            codes.resize(count(rows, w.padded));
-        if (scales.size() < count(rows, w.steps())) {
-            scales.resize(count(rows, w.steps()));
-            sums.resize(count(rows, w.steps()));
-        }
-        return {codes.data(), scales.data(), sums.data(), rows};
+        return {grow(codes, rows * w.padded), grow(scales, rows * w.steps()), grow(sums, rows * w.groups), rows};
+    }
+
+private:
+    template <class T>
+    static T* grow(std::vector<T>& values, std::int64_t count) {
+        if (values.size() < static_cast<std::size_t>(count))
+            values.resize(static_cast<std::size_t>(count));
+        return values.data();
     }
 };
 
@@ -142,7 +142,7 @@ bool QuantizedLinear::evaluate(ov::TensorVector& outputs, const ov::TensorVector
     const Epilogue epilogue{bias, residual, outputs[0].data<float>(), m.out_features, m.gated, activation_of(m.activation)};
 
     const auto& k = kernels();
-    const auto w = layout.view(inputs[1].data<const std::uint8_t>());
+    const auto w = layout.view(inputs[1].data<const std::uint8_t>(), name);
     static thread_local Scratch scratch;
     const auto activations = scratch.fit(w, rows);
     const auto tiles = (rows + k.rows - 1) / k.rows;

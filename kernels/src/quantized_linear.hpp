@@ -20,7 +20,7 @@ namespace edgert {
 //               norm ("" or "rms"), epsilon, gated, activation ("", "silu", "gelu", "gelu_tanh"; of the gate), bias, residual
 //   output      f32 [..., out_features]
 //
-// Activations share a scale for at most 128 columns (INT8 symmetric, amax / 127). A row with NaN or an infinite value
+// Every 32 activations of a row share a scale (INT8 symmetric, amax / 127). A row with NaN or an infinite value
 // becomes NaN.
 class QuantizedLinear : public ov::op::Op {
 public:

@@ -121,17 +121,29 @@ struct Avx2 {
         quarter = _mm_max_epi32(quarter, _mm_unpackhi_epi64(quarter, quarter));
         return _mm_cvtsi128_si32(_mm_max_epi32(quarter, _mm_shuffle_epi32(quarter, 1)));
     }
-    static void store_s8(std::int8_t* p, I32 x) {
-        const auto low = _mm256_set1_epi32(0xFF);  // masked first, so that no pack saturates
-        const auto words = _mm256_packus_epi32(_mm256_and_si256(x.a, low), _mm256_and_si256(x.b, low));
-        const auto ordered = _mm256_permute4x64_epi64(words, 0xD8);  // packing goes half by half
-        const auto bytes = _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    static void store_s8(std::int8_t* p, I32 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low_bytes(x)); }
+    static void store_quads(std::uint8_t* p, std::size_t stride, I32 x, I32 y) {
+        const auto x_bytes = low_bytes(x);
+        const auto y_bytes = low_bytes(y);
+        const auto front = _mm_unpacklo_epi32(x_bytes, y_bytes);
+        const auto back = _mm_unpackhi_epi32(x_bytes, y_bytes);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(p), front);
+        _mm_storeh_pd(reinterpret_cast<double*>(p + stride), _mm_castsi128_pd(front));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(p + 2 * stride), back);
+        _mm_storeh_pd(reinterpret_cast<double*>(p + 3 * stride), _mm_castsi128_pd(back));
     }
     static F32 to_f32(I32 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
     static I32 to_i32(F32 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
     static I32 bits(F32 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
     static F32 from_bits(I32 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+
+    static void pin(I32& x) {
+#ifdef __GNUC__
+        __asm__("" : "+x"(x.a), "+x"(x.b));
+#else
+        (void)x;
+#endif
+    }
 
     static U8 load_u8(const std::uint8_t* p) { return {integers(p), integers(p + 32)}; }
     static U8 low_nibbles(U8 x) {
@@ -151,8 +163,15 @@ struct Avx2 {
         return {Products::nibbles(acc.a, codes.a, all), Products::nibbles(acc.b, codes.b, all)};
     }
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+    static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 private:
+    static __m128i low_bytes(I32 x) {
+        const auto low = _mm256_set1_epi32(0xFF);  // masked first, so that no pack saturates
+        const auto words = _mm256_packus_epi32(_mm256_and_si256(x.a, low), _mm256_and_si256(x.b, low));
+        const auto ordered = _mm256_permute4x64_epi64(words, 0xD8);  // packing goes half by half
+        return _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+    }
     static __m128i words(const std::uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
     static __m256 from_bf16(__m128i words) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));

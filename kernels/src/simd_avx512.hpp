@@ -84,10 +84,28 @@ struct Avx512Vnni {
     static void store_s8(std::int8_t* p, I32 a) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
     }
+    static void store_quads(std::uint8_t* p, std::size_t stride, I32 a, I32 b) {
+        const auto a_bytes = _mm512_cvtepi32_epi8(a.v);
+        const auto b_bytes = _mm512_cvtepi32_epi8(b.v);
+        const auto front = _mm_unpacklo_epi32(a_bytes, b_bytes);
+        const auto back = _mm_unpackhi_epi32(a_bytes, b_bytes);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(p), front);
+        _mm_storeh_pd(reinterpret_cast<double*>(p + stride), _mm_castsi128_pd(front));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(p + 2 * stride), back);
+        _mm_storeh_pd(reinterpret_cast<double*>(p + 3 * stride), _mm_castsi128_pd(back));
+    }
     static F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a.v); }
     static I32 to_i32(F32 a) { return {_mm512_cvtps_epi32(a)}; }
     static I32 bits(F32 a) { return {_mm512_castps_si512(a)}; }
     static F32 from_bits(I32 a) { return _mm512_castsi512_ps(a.v); }
+
+    static void pin(I32& a) {
+#ifdef __GNUC__
+        __asm__("" : "+v"(a.v));
+#else
+        (void)a;
+#endif
+    }
 
     static U8 load_u8(const std::uint8_t* p) { return {_mm512_loadu_si512(p)}; }
     static void store_u8(std::uint8_t* p, U8 a) { _mm512_storeu_si512(p, a.v); }
@@ -102,6 +120,7 @@ struct Avx512Vnni {
     }
     static I32 dot_nibbles(I32 acc, U8 codes, const std::int8_t* four) { return dot(acc, codes, four); }
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+    static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 private:
     static __m256i load_16_words(const std::uint16_t* p) {

@@ -114,6 +114,13 @@ struct Scalar {
         for (int i = 0; i < 16; ++i)
             p[i] = static_cast<std::int8_t>(static_cast<std::uint32_t>(a.v[i]));
     }
+    // The low bytes of four lanes of one, then of the other, for each four lanes: 8 bytes every `stride`.
+    static void store_quads(std::uint8_t* p, std::size_t stride, I32 a, I32 b) {
+        for (std::size_t i = 0; i < 16; ++i) {
+            p[i / 4 * stride + i % 4] = static_cast<std::uint8_t>(static_cast<std::uint32_t>(a.v[i]) & 0xFF);
+            p[i / 4 * stride + 4 + i % 4] = static_cast<std::uint8_t>(static_cast<std::uint32_t>(b.v[i]) & 0xFF);
+        }
+    }
     static F32 to_f32(I32 a) { return each([&](int i) { return static_cast<float>(a.v[i]); }); }
     static I32 to_i32(F32 a) {  // to nearest, ties to even; what does not fit becomes INT_MIN, as on x86
         return each_int([&](int i) {
@@ -131,6 +138,10 @@ struct Scalar {
         std::memcpy(&out, &a, sizeof out);
         return out;
     }
+
+    // Ends what the compiler knows of a sum. GCC otherwise holds some twice through a loop, as 8 lanes of 64 bits and as 16
+    // of 32, and runs out of registers.
+    static void pin(I32&) {}
 
     static U8 load_u8(const std::uint8_t* p) {
         U8 out;
@@ -158,6 +169,7 @@ struct Scalar {
     // The same for codes below 16, which some instruction sets multiply faster.
     static I32 dot_nibbles(I32 acc, U8 codes, const std::int8_t* four) { return dot(acc, codes, four); }
     static void prefetch(const void*) {}
+    static void prefetch_far(const void*) {}  // into the second level, which can wait for more lines at once
 };
 
 }  // namespace
