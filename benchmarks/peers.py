@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=90, help="seconds for a request")
+    parser.add_argument("--limit", type=float, default=120, help="seconds for a request")
     parser.add_argument("--json", type=Path, help="write the result there as well")
     parser.add_argument("--keep", action="store_true", help=f"put it into {DOCUMENT.relative_to(ROOT)} and its page")
     options = parser.parse_args()

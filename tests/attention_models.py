@@ -45,13 +45,14 @@ class _Attention:
         interleaved: bool = False,
         also: str = "",
         rows_from: str = "hidden",
+        places: str = "",
     ) -> None:
         self.heads, self.kv_heads, self.dims = heads, kv_heads, (head_dim, value_dim or head_dim)
         self.scale, self.causal, self.mask_kind, self.mask_rank = scale, causal, mask, mask_rank
         self.softcap, self.softcap_after = softcap, softcap_after or softcap
         self.spelled_out, self.repeated, self.interleaved, self.also = spelled_out, repeated, interleaved, also
         self.random = np.random.default_rng(1)
-        self.rows_from = rows_from
+        self.rows_from, self.places = rows_from, places
         self.hidden = ops.parameter([-1, -1, WIDTH], np.float32, name="hidden")
         self.beam = ops.parameter([-1], np.int32, name="beam_idx")
         self.parameters, self.sinks, self.results = [self.hidden, self.beam], [], []
@@ -68,6 +69,8 @@ class _Attention:
             mask = ops.parameter([-1] * self.mask_rank, getattr(ov.Type, self.mask_kind), name="mask")
             mask.output(0).set_names({"mask"})
             self.parameters.append(mask)
+        if self.places:
+            mask = self._from_places()
         result = (self._by_hand if self.spelled_out else self._fused)(query, key, value, mask)
         result = ops.transpose(result, np.int64([0, 2, 1, 3]))
         result = ops.reshape(result, np.int64([0, 0, self.heads * self.dims[1]]), special_zero=True)
@@ -86,6 +89,33 @@ class _Attention:
         seen[:, 0] = True
         mask = seen if self.mask_kind == "boolean" else np.where(seen, 0.5, np.finfo(np.float32).min).astype(np.float32)
         return {"mask": mask.reshape([1] * (self.mask_rank - 2) + [tokens, past + tokens])}
+
+    def _from_places(self) -> ov.Node:
+        """A mask that compares places in the sequence; in `places` what is special about it."""
+        ones = ops.parameter([-1, -1], np.int64, name="attention_mask")
+        ones.output(0).set_names({"attention_mask"})
+        self.parameters.append(ones)
+        new = ops.gather(ops.shape_of(self.hidden), np.int64(1), np.int64(0))
+        total = ops.gather(ops.shape_of(ones), np.int64(1), np.int64(0))
+        past = ops.subtract(total, new)
+        first = ops.add(past, np.int64(1)) if "later" in self.places else past
+        every = ops.unsqueeze(ops.range(np.int64(0), total, np.int64(1), "i64"), np.int64([0]))
+        rows = ops.range(first, ops.add(first, new), np.int64(1), "i64")
+        if "shifted" in self.places:
+            rows = ops.add(ops.range(np.int64(0), new, np.int64(1), "i64"), past)
+        rows = ops.unsqueeze(rows, np.int64([1]))
+        if "greater" in self.places:
+            seen = ops.greater_equal(rows, every)
+        else:
+            seen = ops.less(every, rows) if "less" in self.places else ops.less_equal(every, rows)
+        if "window" in self.places:
+            seen = ops.logical_and(seen, ops.greater(every, ops.subtract(rows, np.int64(4))))
+        if "padding" in self.places:
+            seen = ops.logical_and(seen, ops.convert(ones, "boolean"))
+        if "added" in self.places:
+            least = -5.0 if "little" in self.places else np.finfo(np.float32).min
+            seen = ops.select(seen, np.float32(0), np.float32(least))
+        return ops.unsqueeze(seen, np.int64([0, 1]))
 
     def _number(self) -> ov.Node:
         """A number that depends on the input."""
@@ -160,6 +190,7 @@ def weights_of(
     scale: float | None = None,
     zero: float | None = None,
     transposed: bool = True,
+    columns_first: bool = False,
     experts: bool = False,
     compressed: bool = True,
     data: ov.Node | None = None,
@@ -169,8 +200,11 @@ def weights_of(
     random = np.random.default_rng(seed)
     data = data or ops.parameter([1, -1, columns], np.float32, name="hidden")
     shape = [48, columns] if transposed else [columns, 48]
+    axis = -1
     if experts:
         shape = [4, *shape]
+    elif columns_first:
+        shape, axis, transposed = [columns, 48] if groups == 1 else [groups, columns // groups, 48], -2, False
     elif groups > 1:
         shape = [48, groups, columns // groups]
     low, high = {"u4": (0, 16), "u8": (0, 256), "i8": (-128, 128)}[kind]
@@ -179,10 +213,11 @@ def weights_of(
     weight = ops.convert(codes, "f32")
     if zero is not None:
         weight = ops.subtract(weight, np.float32(zero))
-    scales = random.uniform(0.5, 1, [*shape[:-1], 1]) if scale is None else np.full([*shape[:-1], 1], scale)
+    sizes = [1 if n == len(shape) + axis else size for n, size in enumerate(shape)]
+    scales = random.uniform(0.5, 1, sizes) if scale is None else np.full(sizes, scale)
     weight = ops.multiply(weight, scales.astype(np.float32))
     if groups > 1 and not experts:
-        weight = ops.reshape(weight, np.int64([48, columns]), special_zero=False)
+        weight = ops.reshape(weight, np.int64([columns, 48] if columns_first else [48, columns]), special_zero=False)
     if not compressed:
         weight = ops.constant(random.standard_normal(shape).astype(np.float32))
     product = ops.matmul(data, weight, False, transposed)

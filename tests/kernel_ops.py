@@ -172,15 +172,16 @@ class Matrix:
         return self.columns // int(self.scales.shape[1])
 
     @property
-    def integers(self) -> Array:
-        """i64 `[rows, columns]`: what the scales multiply."""
-        if self.zero_points is None:
-            return self.codes.astype(np.int64) - (1 << (self.bits - 1))
-        return self.codes.astype(np.int64) - self.zero_points.astype(np.int64).repeat(self.group, axis=1)
+    def zeros(self) -> Array:
+        """u8 `[rows, groups]`: what means zero."""
+        return (
+            np.full(self.scales.shape, 1 << (self.bits - 1), np.uint8) if self.zero_points is None else self.zero_points
+        )
 
     def weights(self, kind: Any = np.float64) -> Array:
-        with np.errstate(over="ignore"):
-            return self.integers.astype(kind) * self.scales.astype(kind).repeat(self.group, axis=1)
+        """`[rows, columns]`, decompressed; exact in f64, in f32 rounded once."""
+        integers = self.codes.astype(np.int64) - self.zeros.astype(np.int64).repeat(self.group, axis=1)
+        return integers.astype(kind) * self.scales.astype(kind).repeat(self.group, axis=1)
 
     def attributes(self) -> dict[str, Any]:
         """Of the operations that read it; `out_features` of a product that is not gated."""

@@ -1,7 +1,8 @@
 """What QuantizedLinear computes, in numpy from its description: roundings and all, and what it stands for, in f64.
 
-The order of roundings is part of the definition (steps of at most 128 columns are summed as integers and joined in f32,
-in order, by fused multiply-add), so all but the activations of a gate can be compared to the last bit.
+The order of roundings is part of the definition (steps of 32 columns are summed as integers; steps, and then groups of
+weights, are joined in f32, in order, by fused multiply-add), so all but the activations of a gate can be compared
+to the last bit.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from kernel_ops import LANES, Array, Matrix
 
 F32 = np.float32
 EPS = 2.0**-24  # of a rounding to f32
+STEP = 32  # columns of activations that share a scale
 TINY = F32(1e-36)  # below, a step of activations is zero
 
 
@@ -49,13 +51,6 @@ def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
         return x * factor * weight
 
 
-def step_of(matrix: Matrix) -> int:
-    """Columns of activations that share a scale."""
-    if matrix.group == matrix.columns:
-        return 128
-    return math.gcd(matrix.group, 128)
-
-
 def quantized(x: Array) -> tuple[Array, Array]:
     """One step `[M, columns]`: codes i64 and scales f32 `[M, 1]`, NaN where a row has something that is not finite."""
     largest = np.abs(x).max(axis=1, keepdims=True)
@@ -68,32 +63,49 @@ def quantized(x: Array) -> tuple[Array, Array]:
 
 
 def product(x: Array, matrix: Matrix) -> Array:
-    """f32 `[M, N]` of f32 `[M, K]`."""
+    """f32 `[M, N]` of f32 `[M, K]`: of each group the codes' share, less that of the zero point."""
     out = np.zeros((x.shape[0], matrix.rows), F32)
-    step = step_of(matrix)
-    weights = matrix.integers.astype(np.float64)  # BLAS, and exact: sums stay below 2^53
-    for begin in range(0, matrix.columns, step):
-        codes, scales = quantized(x[:, begin : begin + step])
-        sums = codes.astype(np.float64) @ weights[:, begin : begin + step].T
-        with np.errstate(over="ignore", invalid="ignore"):
-            factors = matrix.scales[:, begin // matrix.group].astype(F32) * scales
-        out = fma(sums.astype(F32), factors, out)
+    weights = matrix.codes.astype(np.float64)  # BLAS, and exact: sums stay below 2^53
+    for group in range(matrix.scales.shape[1]):
+        total, rows = np.zeros_like(out), np.zeros((x.shape[0], 1), F32)
+        end = (group + 1) * matrix.group
+        for begin in range(group * matrix.group, end, STEP):
+            columns = slice(begin, min(begin + STEP, end))
+            codes, scales = quantized(x[:, columns])
+            total = fma((codes.astype(np.float64) @ weights[:, columns].T).astype(F32), scales, total)
+            rows = fma(codes.sum(axis=1, keepdims=True).astype(F32), scales, rows)
+        scale = matrix.scales[:, group].astype(F32)
+        out = fma(total, scale, out)
+        out = fma(scale * -matrix.zeros[:, group].astype(F32), rows, out)
     return out
+
+
+def product_size(x: Array, matrix: Matrix, scaled: bool = True) -> Array:
+    """Of what is summed: codes and the zero points' share, whose difference may be much smaller."""
+    codes = matrix.codes + matrix.zeros.astype(np.float64).repeat(matrix.group, axis=1)
+    if scaled:
+        codes *= np.abs(matrix.scales.astype(np.float64)).repeat(matrix.group, axis=1)
+    return np.abs(x.astype(np.float64)) @ codes.T
+
+
+def in_range(x: Array, matrix: Matrix) -> Array:
+    """Where no sum leaves f32 on the way: those of codes and activations come before the weights' scales."""
+    return (product_size(x, matrix) < 1e38) & (product_size(x, matrix, scaled=False) < 1e38)
 
 
 def product_bound(x: Array, matrix: Matrix) -> Array:
     """How far `product` may be from W . x: half a code of each activation, and the roundings of f32."""
     weights = np.abs(matrix.weights())
-    step = step_of(matrix)
-    out = np.zeros((x.shape[0], matrix.rows))
-    for begin in range(0, matrix.columns, step):
-        size = np.abs(x[:, begin : begin + step].astype(np.float64))
-        largest = size.max(axis=1, keepdims=True)
+    lost = np.zeros((x.shape[0], matrix.rows))
+    wide = np.abs(x.astype(np.float64))
+    for begin in range(0, matrix.columns, STEP):
+        columns = slice(begin, begin + STEP)
+        largest = wide[:, columns].max(axis=1, keepdims=True)
         half = np.where(largest >= TINY, 0.5001 * largest / 127, largest)
-        out += half * weights[:, begin : begin + step].sum(axis=1)
-    steps = -(-matrix.columns // step)
-    exact = np.abs(x.astype(np.float64)) @ weights.T
-    return out * (1 + (steps + 4) * EPS) + (steps + 4) * EPS * exact + steps * 1e-37
+        lost += half * weights[:, columns].sum(axis=1)
+    steps = -(-matrix.columns // STEP)
+    roundings = (steps + 2 * matrix.scales.shape[1] + 4) * EPS
+    return lost * (1 + roundings) + 1.01 * roundings * product_size(x, matrix) + steps * 1e-37
 
 
 def activation(name: str, x: Array) -> Array:

@@ -76,7 +76,7 @@ def activations(random: np.random.Generator, rows: int, columns: int, kind: str)
     found = {
         "plain": plain,
         "some rows zero": plain * (random.random((rows, 1)) < 0.5),
-        "some steps zero": plain * (random.random((rows, columns // 128 + 1)) < 0.5).repeat(128, axis=1)[:, :columns],
+        "some steps zero": plain * (random.random((rows, columns // 32 + 1)) < 0.5).repeat(32, axis=1)[:, :columns],
         "large": plain * 1e37,
         "small": plain * 1e-36,
         "denormal": plain * 1e-39,
@@ -172,8 +172,7 @@ def test_is_the_product_but_for_the_quantization_of_activations(
     with np.errstate(over="ignore", invalid="ignore"):
         exact = x.astype(np.float64) @ linear.matrix.weights().T
         bound = definition.product_bound(x, linear.matrix)
-        size = np.abs(x.astype(np.float64)) @ np.abs(linear.matrix.weights()).T
-        wrong = (size < 1e37) & ~(np.abs(out - exact) <= bound)  # larger ones are infinite on the way
+        wrong = definition.in_range(x, linear.matrix) & ~(np.abs(out - exact) <= bound)
     assert not wrong.any(), (np.argwhere(wrong)[:3], out[wrong][:3], exact[wrong][:3], bound[wrong][:3])
 
 
@@ -327,10 +326,8 @@ def constant(codes: Array, bits: int) -> ov.Node:
 def openvino_product(weights: Matrix, threads: int = 2) -> ov.CompiledModel:
     """OpenVINO's MatMul with the same compressed weights, activations in f32."""
     grouped = (weights.rows, -1, weights.group)
-    zeros = np.full(weights.scales.shape, 1 << (weights.bits - 1), np.uint8)
-    zeros = zeros if weights.zero_points is None else weights.zero_points
     codes = ops.convert(constant(weights.codes.reshape(grouped), weights.bits), "f16")
-    less = ops.subtract(codes, ops.convert(constant(zeros[:, :, None], weights.bits), "f16"))
+    less = ops.subtract(codes, ops.convert(constant(weights.zeros[:, :, None], weights.bits), "f16"))
     scaled = ops.reshape(
         ops.multiply(less, ops.constant(weights.scales[:, :, None])), [weights.rows, weights.columns], False
     )

@@ -33,6 +33,8 @@ pytestmark = pytest.mark.skipif(not native.status().loads, reason="the native ke
 
 # In exact arithmetic but for keys and values in f16: 11 bits.
 LIMIT = 2e-3
+# Their masks are more than causal.
+SLIDING = ("mistral", "gemma3", "cohere2", "gpt_oss")
 # With activations in INT8, which matrices of 64 random columns make little of.
 QUANTIZED_LIMIT = 6e-2
 TOTAL, CHUNKS = 40, (12, 3)
@@ -107,7 +109,8 @@ def test_every_family(tiny: Tiny) -> None:
     assert [port.names for port in model.outputs] == before[1]
     caches = {f"cache.{number}" for number in range(attentions)}
     if attentions:
-        assert {port.any_name for port in model.inputs} == before[0] - {"beam_idx"} | caches | {"past"}
+        needless = {"beam_idx"} if tiny.family in SLIDING else {"beam_idx", "attention_mask"}
+        assert {port.any_name for port in model.inputs} == before[0] - needless | caches | {"past"}
         assert not model.get_sinks()
         assert not model.get_variables()
         assert len({state for cache in lowered.caches for state in (cache.key_state, cache.value_state)}) == 4
@@ -156,8 +159,8 @@ def test_what_is_fused(qwen3: Tiny) -> None:
     lower(model, None, factory)
     attention = {
         "heads": 4, "kv_heads": 2, "head_dim": 32, "value_dim": 32, "scale": pytest.approx(32**-0.5), "softcap": 0.0,
-        "precision": "i8", "rope": "half", "norm": "rms", "epsilon": pytest.approx(1e-6), "causal": False,
-        "mask": True, "sinks": False,
+        "precision": "i8", "rope": "half", "norm": "rms", "epsilon": pytest.approx(1e-6), "causal": True,
+        "mask": False, "sinks": False,
     }  # fmt: skip
     assert [made for name, made in factory.made if name == "CachedAttention"] == [attention, attention]
     products = [made for name, made in factory.made if name == "QuantizedLinear"]
@@ -167,7 +170,7 @@ def test_what_is_fused(qwen3: Tiny) -> None:
     ]
     kinds = Counter(op.get_type_name() for op in lower(qwen3.read(), None, native.factory()).model.get_ops())
     assert kinds["MatMul"] == 1  # the angles of the rotation
-    assert not kinds.keys() & {"ReadValue", "Assign", "ScaledDotProductAttention", "Power", "Swish", "Slice"}
+    assert not kinds.keys() & {"ReadValue", "Assign", "ScaledDotProductAttention", "Power", "Swish", "Slice", "Range"}
 
 
 def test_a_tied_table_is_packed_once(tmp_path: Path) -> None:
@@ -264,6 +267,36 @@ def test_attention(options: dict[str, Any], attributes: dict[str, Any]) -> None:
         past += tokens
 
 
+@pytest.mark.parametrize("spelled_out", [False, True])
+@pytest.mark.parametrize(
+    ("places", "causal"),
+    [
+        ("compared", True),
+        ("greater", True),
+        ("shifted", True),
+        ("padding", True),
+        ("added shifted padding", True),
+        ("window", False),
+        ("later", False),
+        ("added little", False),
+    ],
+)
+def test_masks(places: str, causal: bool, spelled_out: bool) -> None:
+    """Only a mask that hides what comes later, and nothing else, need not be made."""
+    if spelled_out:
+        places += " added"  # scores take no boolean
+    model, _ = attention_model(places=places, spelled_out=spelled_out, scale=0.25 if spelled_out else None)
+    factory = ExactFactory()
+    lowered = lower(model.clone(), None, factory, precision="f16")
+    assert [made["causal"] for _, made in factory.made] == [causal]
+    chains = [Chain([(model, ())]), Chain([(lowered.model, lowered.caches)])]
+    past = 0
+    for tokens in (5, 1, 7, 1):
+        expected, found = (chain.step({"hidden": rows(tokens, past)}) for chain in chains)
+        assert relative_error(found, expected) <= LIMIT
+        past += tokens
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -309,7 +342,7 @@ def test_a_hostile_model(options: dict[str, Any], message: str) -> None:
         ({"scale": float("inf")}, "a scale is not finite in f16"),
         ({"zero": 2.5}, "zero points from 2.5 to 2.5, expected integers from 0 to 255"),
         ({"zero": -1.0}, "zero points from -1 to -1, expected integers from 0 to 255"),
-        ({"transposed": False}, "its weight is not transposed"),
+        ({"transposed": False}, "what it multiplies is transposed"),
         ({"groups": 4}, "group is 16, expected in_features (64) or a multiple of 32 that divides it"),
         ({"experts": True}, "its weight has 3 dimensions"),
         ({"compressed": False}, "its weight is f32"),
@@ -323,7 +356,14 @@ def test_products_that_stay(change: dict[str, Any], reason: str) -> None:
     assert lowered.replaced["QuantizedLinear"] == 0
 
 
-@pytest.mark.parametrize("change", [{}, {"zero": 3.0}, {"groups": 2}, {"columns": 24}, {"kind": "i8"}, {"kind": "u8"}])
+COLUMNS_FIRST = [
+    {"columns_first": True, **more} for more in ({}, {"groups": 2}, {"kind": "i8"}, {"kind": "u8", "zero": 7.0})
+]
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"zero": 3.0}, {"groups": 2}, {"columns": 24}, {"kind": "i8"}, {"kind": "u8"}, *COLUMNS_FIRST]
+)
 def test_products_of_other_compressors(change: dict[str, Any]) -> None:
     """Scales in f32, one zero point for all or none, a weight that is not square."""
     model = weights_of(**change)

@@ -3,7 +3,7 @@
     view.py         the model as plain objects          patterns.py     RMSNorm, RoPE, slices
     weights.py      compressed weights                  linears.py      products with bias, norm, gate, residual
     attention.py    attention over a cache              projections.py  its queries, keys and values
-    rewrite.py      the new operations
+    masks.py        masks that need not be made         rewrite.py      the new operations
 
 What fits no pattern stays with OpenVINO, and `LoweredModel.left` says why. `packables` gives what `edgert compile`
 packs; it follows from the same patterns, so a submodel finds its weights by their names however the model is cut.
@@ -12,7 +12,7 @@ packs; it follows from the same patterns, so a submodel finds its weights by the
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import openvino as ov
@@ -20,6 +20,7 @@ import openvino as ov
 from edgert.errors import PlanError, cause
 from edgert.kernel_lowering.attention import SDPA, Attention, State, match, states
 from edgert.kernel_lowering.linears import Linears, find, finish
+from edgert.kernel_lowering.masks import Masks
 from edgert.kernel_lowering.projections import Projections, projections
 from edgert.kernel_lowering.rewrite import CACHE, PAST, Factory, Rewriter
 from edgert.kernel_lowering.view import Item, View
@@ -103,6 +104,8 @@ def lower(
 ) -> LoweredModel:
     """Put kernels into a submodel, which is changed in place.
 
+    It is for one sequence: the batch is 1, and `attention_mask` all ones.
+
     Args:
         model: the whole model or a submodel of `edgert.cutting.cut`, not one with static shapes.
         packed: its bundle's weights; None packs them now, into memory.
@@ -182,7 +185,7 @@ def _fault(packable: Packable) -> dict[str, str]:
     faults = {}
     for part in packable.parts:
         try:
-            _ = part.weight.matrix
+            _ = part.weight.scaling
         except Unsuitable as reason:
             faults[part.weight.codes.name] = str(reason)
     return faults
@@ -190,11 +193,14 @@ def _fault(packable: Packable) -> dict[str, str]:
 
 def _search(view: View, refused: Mapping[str, str]) -> _Found:
     linears, caches = find(view, Weights(), refused), states(view)
+    masks = Masks(caches)
     attentions, left = [], {}
     failed: dict[Item, str] = {}
     for core in view.of_type(SDPA, "Softmax"):
         try:
             attention = match(core, caches)
+            if attention.mask is not None and masks.is_causal(attention.mask):
+                attention = replace(attention, mask=None, causal=True)
             attentions.append((attention, projections(attention, linears)))
         except Unsuitable as reason:
             failed[core] = str(reason)

@@ -161,8 +161,8 @@ def finish(linears: Linears) -> None:
 
 
 def _product(item: Item, weight: Weight) -> Linear:
-    if item.attribute("transpose_a") or not item.attribute("transpose_b"):
-        raise Unsuitable("its weight is not transposed")
+    if item.attribute("transpose_a") or bool(item.attribute("transpose_b")) == weight.columns_first:
+        raise Unsuitable("what it multiplies is transposed")
     if element_of(item.inputs[0]) != "f32":
         raise Unsuitable("its data is not f32")
     end: Tensor = (item, 0)
@@ -176,7 +176,7 @@ def _product(item: Item, weight: Weight) -> Linear:
 
 def _lookup(item: Item, weight: Weight) -> Lookup:
     ids, axis = item.inputs[1], scalar(item.inputs[2])
-    if axis != 0:
+    if axis != 0 or weight.columns_first:
         raise Unsuitable(f"its table is looked up along axis {axis}")
     if ids[0].type == "Convert" and element_of(ids[0].inputs[0]) in {"i32", "i64"}:
         ids = ids[0].inputs[0]

@@ -11,6 +11,7 @@ import openvino.opset13 as ops
 from openvino.op import Constant
 
 from edgert.errors import PlanError
+from edgert.graph import BOUNDARY
 from edgert.kernel_lowering.attention import Attention, State
 from edgert.kernel_lowering.linears import Linear, Lookup
 from edgert.kernel_lowering.projections import Projections, Rows, Tables
@@ -262,7 +263,7 @@ class Rewriter:
     def _new_tokens(self) -> ov.Node:
         """The number of new tokens, i64 `[1]`, off the input that has as many rows."""
         inputs = {port.get_any_name(): port for port in self._view.model.inputs}
-        rows = inputs.get("hidden") or inputs.get("input_ids")
+        rows = inputs.get(BOUNDARY) or inputs.get("input_ids")
         if rows is None:
             raise PlanError("CPU kernels: the model takes neither input_ids nor hidden, so how many tokens are new?")
         one, zero = ops.constant([1], ov.Type.i64), ops.constant(0, ov.Type.i64)

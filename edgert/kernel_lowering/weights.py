@@ -32,6 +32,7 @@ class Weight:
         codes, scales, zero_points: the constants; zero points None where the model has none.
         rows, in_features: its size; no rows where it is no such matrix.
         groups: scales of a row.
+        columns_first: it is stored as `[in_features, rows]`, as in models from ONNX.
     """
 
     codes: Item
@@ -40,6 +41,7 @@ class Weight:
     rows: int
     in_features: int
     groups: int
+    columns_first: bool = False
 
     @property
     def bits(self) -> Literal[4, 8]:
@@ -49,27 +51,46 @@ class Weight:
     def signed(self) -> bool:
         return self.codes.element() in {"i4", "i8"}
 
-    @cached_property
+    @property
     def matrix(self) -> Matrix:
-        """What the constants hold; reads them.
+        """What the constants hold, by rows; raises `Unsuitable` as `scaling`."""
+        return Matrix(self._codes(), *self.scaling, self.bits, self.signed)
+
+    @cached_property
+    def scaling(self) -> tuple[Array, Array | None]:
+        """Scales and zero points, `[rows, groups]`, as `Matrix` wants them.
 
         Raises:
-            Unsuitable: the kernels cannot hold it exactly enough.
+            Unsuitable: the kernels cannot hold them exactly enough.
         """
-        codes = self.codes.op.data.view(np.uint8).reshape(self.rows, self.in_features * self.bits // 8)
-        scales = _numbers(self.scales, self.rows, self.groups)
+        scales = self._by_row(self.scales)
         if fault := scale_fault(scales):
             raise Unsuitable(fault)
-        return Matrix(codes, scales, self._zeros(), self.bits, self.signed)
-
-    def _zeros(self) -> Array | None:
         if self.zero_points is None:
-            return None if self.signed else np.zeros((self.rows, self.groups), np.uint8)
-        zeros = _numbers(self.zero_points, self.rows, self.groups).astype(np.float32)
+            return scales, None if self.signed else np.zeros(scales.shape, np.uint8)
+        zeros = self._by_row(self.zero_points).astype(np.float32)
         zeros += (1 << (self.bits - 1)) if self.signed else 0
         if (zeros != np.rint(zeros)).any() or zeros.min() < 0 or zeros.max() > 255:
             raise Unsuitable(f"zero points from {zeros.min():g} to {zeros.max():g}, expected integers from 0 to 255")
-        return zeros.astype(np.uint8)
+        return scales, zeros.astype(np.uint8)
+
+    def _by_row(self, constant: Item) -> Array:
+        """What scales or zero points are: `[rows, groups]`, all the same where the constant is one number."""
+        numbers, shape = _numbers(constant), (self.rows, self.groups)
+        if numbers.size == 1:
+            return np.broadcast_to(numbers.reshape(()), shape)
+        by_row: Array = numbers.reshape(shape[::-1]).T if self.columns_first else numbers.reshape(shape)
+        return by_row
+
+    def _codes(self) -> Array:
+        """Codes by rows, u8 `[rows, bytes]`: the constant's own memory, if it is stored so."""
+        data: Array = self.codes.op.data.view(np.uint8).reshape(-1)
+        if not self.columns_first:
+            return data.reshape(self.rows, -1)
+        codes = data if self.bits == 8 else _nibbles(data)
+        codes = np.ascontiguousarray(codes.reshape(self.in_features, self.rows).T)
+        packed: Array = codes if self.bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4
+        return packed
 
 
 @dataclass(frozen=True)
@@ -123,7 +144,7 @@ class Packable:
         return PackedShape(out_features, columns, first.bits, columns // first.groups, asymmetric, self.gated)
 
     def pack(self) -> Array:
-        """The packed bytes; raises `Unsuitable` as `Weight.matrix`."""
+        """The packed bytes; raises `Unsuitable` as `Weight.scaling`."""
         return pack([part.matrix for part in self.parts], gated=self.gated)
 
     @property
@@ -175,7 +196,8 @@ class Weights:
             raise Unsuitable(f"its weight has {len(dims or ())} dimensions")
         if not weight.rows:
             raise Unsuitable(f"its weight is {weight.codes.dims()}, its scales are {weight.scales.dims()}")
-        if dims != (weight.rows, weight.in_features) or joined != (len(weight.codes.dims() or ()) == 3):
+        stored = (weight.in_features, weight.rows) if weight.columns_first else (weight.rows, weight.in_features)
+        if dims != stored or joined != (len(weight.codes.dims() or ()) == 3):
             raise Unsuitable(f"its weight is reshaped to {list(dims)}")
         try:
             _ = Packable((Part(weight, 0, weight.rows),)).shape
@@ -203,19 +225,16 @@ def _weight(multiply: Item) -> Weight | None:
         if codes.type != "Constant" or codes.element() not in _BITS:
             continue
         dims = _known(codes.dims()) or ()
-        rows, groups = (dims[0], dims[1] if len(dims) == 3 else 1) if len(dims) in (2, 3) else (0, 1)
-        fits = all(_fits(item, rows, groups, len(dims)) for item in (scales, zeros) if item is not None)
-        return Weight(codes, scales, zeros, rows if fits else 0, int(np.prod(dims[1:])), groups)
+        if len(dims) in (2, 3):
+            sizes = [_known(item.dims()) or () for item in (scales, zeros) if item is not None]
+            sizes = [size for size in sizes if set(size) - {1}]  # one number is for all
+            if all(size == (*dims[:-1], 1) for size in sizes):
+                return Weight(codes, scales, zeros, dims[0], int(np.prod(dims[1:])), dims[1] if dims[2:] else 1)
+            if all(size == (*dims[:-2], 1, dims[-1]) for size in sizes):
+                columns = int(np.prod(dims[:-1]))
+                return Weight(codes, scales, zeros, dims[-1], columns, dims[0] if dims[2:] else 1, columns_first=True)
+        return Weight(codes, scales, zeros, 0, 0, 1)
     return None
-
-
-def _fits(item: Item, rows: int, groups: int, rank: int) -> bool:
-    """Whether scales or zero points are one number a group, or one for all."""
-    dims = _known(item.dims())
-    if dims is None:
-        return False
-    full = (rows, groups, 1) if rank == 3 else (rows, 1)
-    return dims == full or all(size == 1 for size in dims)
 
 
 def _known(dims: Dims | None) -> tuple[int, ...] | None:
@@ -225,18 +244,21 @@ def _known(dims: Dims | None) -> tuple[int, ...] | None:
     return known if len(known) == len(dims) else None
 
 
-def _numbers(constant: Item, rows: int, groups: int) -> Array:
-    """What scales or zero points are: `[rows, groups]`, all the same where the constant is one number."""
-    data, kind = constant.op.data, constant.element()
-    count = int(np.prod(_known(constant.dims()) or ()))
-    if kind in {"u4", "i4"}:  # two a byte, the first in the low half
-        packed = data.view(np.uint8).reshape(-1)
-        data = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1)[:count]
-        if kind == "i4":
-            data = (data ^ 8).astype(np.int8) - np.int8(8)
+def _numbers(constant: Item) -> Array:
+    """What scales or zero points are, one after the other."""
+    kind = constant.element()
+    data: Array = constant.op.data.reshape(-1)
+    if kind in {"u4", "i4"}:
+        data = _nibbles(data.view(np.uint8))[: int(np.prod(_known(constant.dims()) or ()))]
+        data = (data ^ 8).astype(np.int8) - np.int8(8) if kind == "i4" else data
     elif kind == "bf16":
         data = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return np.broadcast_to(data.reshape(()), (rows, groups)) if count == 1 else data.reshape(rows, groups)
+    return data
+
+
+def _nibbles(data: Array) -> Array:
+    """Codes of four bits, two a byte, the first in the low half."""
+    return np.stack([data & 15, data >> 4], axis=-1).reshape(-1)
 
 
 def _through(item: Item, kind: str) -> Item:

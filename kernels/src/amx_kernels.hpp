@@ -6,28 +6,26 @@
 
 #pragma once
 
-#include <vector>
-
 #include "linear_kernels.hpp"
 
 namespace edgert {
 namespace {
 
-// The codes of one block as bytes: [padded / 4][16 rows][4].
+// The codes of one step of a block as bytes: [quads of columns][16 rows][4].
 template <class S>
-void unpack_block(const Weights& w, std::int64_t block, std::uint8_t* out) {
-    const auto* packed = w.codes + block * w.block_bytes();
-    for (std::int64_t k = 0; k < w.padded; k += 8, packed += 64, out += 128) {
+void unpack_step(const std::uint8_t* packed, std::uint8_t* out) {
+    for (int k = 0; k < kStepColumns; k += 8, packed += 64, out += 128) {
         const auto both = S::load_u8(packed);
         S::store_u8(out, S::low_nibbles(both));
         S::store_u8(out + 64, S::high_nibbles(both));
     }
 }
 
-// 16 rows times one block, as multiply_tile. `codes` are the block's bytes, the rows' are [16][padded].
+// 16 rows times one block, as multiply_tile; the rows' codes are [16][padded].
 template <class S, class Tiles>
 void multiply_full_tile(const Weights& w, const Activations& activations, std::int64_t first, std::int64_t block,
-                        const std::uint8_t* codes, float (*out)[kLanes]) {
+                        float (*out)[kLanes]) {
+    const auto* weight = w.codes + block * w.block_bytes();
     const auto* rows = activations.codes + first * w.padded;
     const auto* scales = activations.scales + first * w.steps();
     const auto* sums = activations.sums + first * w.groups;
@@ -38,12 +36,15 @@ void multiply_full_tile(const Weights& w, const Activations& activations, std::i
         for (int r = 0; r < kLanes; ++r)
             total[r] = S::set1(0.0f);
         for (auto step = w.steps_of_group(); step > 0; --step, scales += kLanes) {
+            alignas(64) std::uint8_t unpacked[kStepColumns * kLanes];
+            if (w.bits == 4)
+                unpack_step<S>(weight, unpacked);
             std::int32_t product[kLanes][kLanes];
-            Tiles::multiply(rows, w.padded, codes, product[0]);
+            Tiles::multiply(rows, w.padded, w.bits == 4 ? unpacked : weight, product[0]);
             for (int r = 0; r < kLanes; ++r)
                 total[r] = S::fma(S::to_f32(S::iload(product[r])), S::set1(scales[r]), total[r]);
             rows += kStepColumns;
-            codes += kStepColumns * kLanes;
+            weight += kStepColumns * kLanes * w.bits / 8;
         }
         join_group<S>(w, block, g, kLanes, total, sums, out);
     }
@@ -55,25 +56,15 @@ void multiply_blocks_in_tiles(const Weights& w, const Activations& a, const Epil
     const auto full = std::min(tile_end, a.rows / kLanes);
     if (tile_begin < full) {
         const auto parts = e.gated ? 2 : 1;
-        const auto bytes = w.padded * kLanes;
-        static thread_local std::vector<std::uint8_t> unpacked;
-        if (w.bits == 4 && unpacked.size() < static_cast<std::size_t>(2 * bytes))
-            unpacked.resize(static_cast<std::size_t>(2 * bytes));
         const typename Tiles::Session session;
-        for (auto block = begin; block < end; block += parts) {
-            const std::uint8_t* codes[2] = {w.codes + block * w.block_bytes(), w.codes + (block + 1) * w.block_bytes()};
-            for (int part = 0; w.bits == 4 && part < parts; ++part) {
-                unpack_block<S>(w, block + part, unpacked.data() + part * bytes);
-                codes[part] = unpacked.data() + part * bytes;
-            }
+        for (auto block = begin; block < end; block += parts)
             for (auto tile = tile_begin; tile < full; ++tile) {
                 float out[2][kLanes][kLanes];
                 for (int part = 0; part < parts; ++part)
-                    multiply_full_tile<S, Tiles>(w, a, tile * kLanes, block + part, codes[part], out[part]);
+                    multiply_full_tile<S, Tiles>(w, a, tile * kLanes, block + part, out[part]);
                 for (int r = 0; r < kLanes; ++r)
                     finish<S>(e, tile * kLanes + r, block / parts * kLanes, out[0][r], e.gated ? out[1][r] : nullptr);
             }
-        }
     }
     if (std::max(tile_begin, full) < tile_end)
         multiply_blocks<S>(w, a, e, std::max(tile_begin, full), tile_end, begin, end);

@@ -101,8 +101,7 @@ private:
         const auto factor = S::set1(m_call.softcap > 0.0f ? m_call.scale / m_call.softcap : m_call.scale * kLog2E);
         const auto next = first + static_cast<std::size_t>(R);
         for (auto i = next; i < m_unit.rows && i < next + kGroupRows; ++i)
-            for (std::size_t at = 0; at < dim; at += kWide)
-                S::prefetch_far(m_call.query(m_rows[i].token, m_rows[i].head) + at);
+            prefetch_row<S>(m_call.query(m_rows[i].token, m_rows[i].head), dim);
         for (int r = 0; r < R; ++r) {
             const auto& row = m_rows[first + static_cast<std::size_t>(r)];
             prepare_row<S>(m_call, m_call.query(row.token, row.head), m_call.query_norm, row.token, m_row,
@@ -282,8 +281,12 @@ void finish_rows(const AttentionCall& call, const AttentionUnit& unit, const flo
     const auto padded = call.layout.padded_value_dim();
     const auto stride = result_stride(call.layout);
     for (std::size_t i = 0; i < unit.rows; ++i) {
-        const auto head = unit.kv_head * call.group() + (unit.first + i) % call.group();
-        auto* const out = call.output((unit.first + i) / call.group(), head);
+        const auto head_of = [&](std::size_t row) { return unit.kv_head * call.group() + (unit.first + row) % call.group(); };
+        const auto out_of = [&](std::size_t row) { return call.output((unit.first + row) / call.group(), head_of(row)); };
+        if (i + kAhead < unit.rows)
+            prefetch_row<S>(out_of(i + kAhead), call.layout.value_dim);
+        const auto head = head_of(i);
+        auto* const out = out_of(i);
         const auto span = [&](std::size_t s) { return results + (s * unit.rows + i) * stride; };
         const auto sink = call.sinks != nullptr ? call.sinks[head] * kLog2E : -kInfinity;
         auto highest = sink;

@@ -25,6 +25,15 @@ inline void copy_row(const float* x, std::size_t dim, float* row) {
     std::memset(row + dim, 0, (whole_lanes(dim) - dim) * sizeof(float));
 }
 
+// Rows of one head are far apart: no processor guesses where the next one lies.
+constexpr std::size_t kAhead = 3;  // rows
+
+template <class S>
+void prefetch_row(const float* x, std::size_t dim) {
+    for (std::size_t i = 0; i < dim; i += kWide)
+        S::prefetch(x + i);
+}
+
 // A query or key: RMSNorm where there is a weight, then the rotation of its first dims. `spare` has room for a row.
 template <class S>
 void prepare_row(const AttentionCall& call, const float* x, const float* weight, std::size_t token, float* row, float* spare) {
@@ -148,6 +157,10 @@ void append_block(const AttentionCall& call, std::size_t block, std::size_t kv_h
         if (first + lane < call.past || first + lane >= call.total())
             continue;
         const auto token = first + lane - call.past;
+        if (token + kAhead < call.tokens) {
+            prefetch_row<S>(call.key(token + kAhead, kv_head), layout.head_dim);
+            prefetch_row<S>(call.value(token + kAhead, kv_head), layout.value_dim);
+        }
         prepare_row<S>(call, call.key(token, kv_head), call.key_norm, token, key, spare);
         copy_row(call.value(token, kv_head), layout.value_dim, value);
         if (layout.precision == CachePrecision::i8)
