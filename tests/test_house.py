@@ -15,9 +15,9 @@ LAYERS = {
     "irgraph": 1, "shapes": 1, "profile": 1, "architecture": 1, "sampling": 2, "text": 2, "bundle": 2, "results": 2,
     "residual": 2, "cost": 2, "switching": 2, "catalogue": 3, "prediction": 3, "energy": 3, "rates": 3, "backends": 3,
     "partition": 3, "cutting": 3, "lowering": 3, "scheduler": 4, "samples": 4, "npu": 4, "kvcache": 4,
-    "static": 4, "guard": 4, "pipeline": 4, "discovery": 4, "simulator": 5, "conditions": 5, "bucketed": 5, "inplace": 5,
-    "stages": 6, "executor": 7, "engine": 8, "profiler": 8, "choice": 8, "session": 9, "converters": 10, "cli": 11,
-    "__main__": 12, "__init__": 12,
+    "static": 4, "guard": 4, "pipeline": 4, "discovery": 4, "simulator": 5, "conditions": 5, "bucketed": 5,
+    "inplace": 5, "stages": 6, "executor": 7, "engine": 8, "profiler": 8, "choice": 8, "session": 9, "converters": 10,
+    "cli": 11, "__main__": 12, "__init__": 12,
 }  # fmt: skip
 # Rooms that may touch OpenVINO; the rest must work where no device library is.
 OPENVINO_ROOMS = {

@@ -21,7 +21,7 @@ void unpack_step(const std::uint8_t* packed, std::uint8_t* out) {
     }
 }
 
-// 16 rows times one block, as multiply_tile; the rows' codes are [16][padded].
+// 16 rows times one block, as multiply_rows; the rows' codes are [16][padded].
 template <class S, class Tiles>
 void multiply_full_tile(const Weights& w, const Activations& activations, std::int64_t first, std::int64_t block,
                         float (*out)[kLanes]) {

@@ -88,24 +88,26 @@ void join_group(const Weights& w, std::int64_t block, std::int64_t group, int n,
     }
 }
 
-// One block of 16 columns for N rows: out[r] = sum over groups of scale * (sum over steps - zero point * sum of row).
+// N rows of a tile of n, the first of them `row`, times one block of 16 columns:
+// out[r] = sum over groups of scale * (sum over steps - zero point * sum of row).
 template <class S, int Bits, int N>
-void multiply_tile(const Weights& w, const Activations& a, std::int64_t first, std::int64_t block, float (*out)[kLanes]) {
+void multiply_rows(const Weights& w, const Activations& a, std::int64_t first, std::int64_t n, std::int64_t row,
+                   std::int64_t block, float (*out)[kLanes]) {
     const auto* weight = w.codes + block * w.block_bytes();
-    const auto* codes = a.codes + first * w.padded;
-    const auto* scales = a.scales + first * w.steps();
-    const auto* sums = a.sums + first * w.groups;
+    const auto* codes = a.codes + first * w.padded + 4 * row;
+    const auto* scales = a.scales + first * w.steps() + row;
+    const auto* sums = a.sums + first * w.groups + row;
     for (int r = 0; r < N; ++r)
         S::store(out[r], S::set1(0.0f));
-    for (std::int64_t g = 0; g < w.groups; ++g, sums += N) {
+    for (std::int64_t g = 0; g < w.groups; ++g, sums += n) {
         typename S::F32 total[N];
         for (int r = 0; r < N; ++r)
             total[r] = S::set1(0.0f);
-        for (auto step = w.steps_of_group(); step > 0; --step, scales += N) {
+        for (auto step = w.steps_of_group(); step > 0; --step, scales += n) {
             typename S::I32 acc[N];
             for (int r = 0; r < N; ++r)
                 acc[r] = S::iset1(0);
-            for (int k = 0; k < kStepColumns; k += 8, codes += 8 * N) {
+            for (int k = 0; k < kStepColumns; k += 8, codes += 8 * n) {
                 S::prefetch(weight + 512);
                 if constexpr (Bits == 4) {
                     const auto both = S::load_u8(weight);
@@ -114,7 +116,7 @@ void multiply_tile(const Weights& w, const Activations& a, std::int64_t first, s
                         acc[r] = S::dot_nibbles(acc[r], low, codes + 4 * r);
                     const auto high = S::high_nibbles(both);
                     for (int r = 0; r < N; ++r)
-                        acc[r] = S::dot_nibbles(acc[r], high, codes + 4 * (N + r));
+                        acc[r] = S::dot_nibbles(acc[r], high, codes + 4 * (n + r));
                     weight += 64;
                 } else {
                     const auto low = S::load_u8(weight);
@@ -122,7 +124,7 @@ void multiply_tile(const Weights& w, const Activations& a, std::int64_t first, s
                         acc[r] = S::dot(acc[r], low, codes + 4 * r);
                     const auto high = S::load_u8(weight + 64);
                     for (int r = 0; r < N; ++r)
-                        acc[r] = S::dot(acc[r], high, codes + 4 * (N + r));
+                        acc[r] = S::dot(acc[r], high, codes + 4 * (n + r));
                     weight += 128;
                 }
             }
@@ -177,28 +179,29 @@ void finish(const Epilogue& e, std::int64_t row, std::int64_t column, const floa
 }
 
 template <class S, int Bits, int N>
-void rows_of_block(const Weights& w, const Activations& a, const Epilogue& e, std::int64_t first, std::int64_t block) {
+void rows_of_block(const Weights& w, const Activations& a, const Epilogue& e, std::int64_t first, std::int64_t n,
+                   std::int64_t row, std::int64_t block) {
     float gate[N][kLanes];
-    multiply_tile<S, Bits, N>(w, a, first, block, gate);
+    multiply_rows<S, Bits, N>(w, a, first, n, row, block, gate);
     if (e.gated) {
         float up[N][kLanes];
-        multiply_tile<S, Bits, N>(w, a, first, block + 1, up);
+        multiply_rows<S, Bits, N>(w, a, first, n, row, block + 1, up);
         for (int r = 0; r < N; ++r)
-            finish<S>(e, first + r, block / 2 * kLanes, gate[r], up[r]);
+            finish<S>(e, first + row + r, block / 2 * kLanes, gate[r], up[r]);
     } else {
         for (int r = 0; r < N; ++r)
-            finish<S>(e, first + r, block * kLanes, gate[r], nullptr);
+            finish<S>(e, first + row + r, block * kLanes, gate[r], nullptr);
     }
 }
 
-// A tile of any number of rows up to N.
-template <class S, int Bits, int N>
+// Rows [row, n) of a tile, N at once as long as there are so many, then half as many.
+template <class S, int Bits, int N = (S::kRows < 8 ? S::kRows : 8)>
 void tile_of_block(const Weights& w, const Activations& a, const Epilogue& e, std::int64_t first, std::int64_t n,
-                   std::int64_t block) {
-    if (n == N)
-        rows_of_block<S, Bits, N>(w, a, e, first, block);
-    else if constexpr (N > 1)
-        tile_of_block<S, Bits, N - 1>(w, a, e, first, n, block);
+                   std::int64_t block, std::int64_t row = 0) {
+    for (; row + N <= n; row += N)
+        rows_of_block<S, Bits, N>(w, a, e, first, n, row, block);
+    if constexpr (N > 1)
+        tile_of_block<S, Bits, N / 2>(w, a, e, first, n, block, row);
 }
 
 // All rows of the tiles [tile_begin, tile_end) times the blocks [begin, end); `begin` is even where gated.
@@ -210,9 +213,9 @@ void multiply_blocks(const Weights& w, const Activations& a, const Epilogue& e, 
         const auto n = std::min<std::int64_t>(S::kRows, a.rows - first);
         for (auto block = begin; block < end; block += e.gated ? 2 : 1) {
             if (w.bits == 4)
-                tile_of_block<S, 4, S::kRows>(w, a, e, first, n, block);
+                tile_of_block<S, 4>(w, a, e, first, n, block);
             else
-                tile_of_block<S, 8, S::kRows>(w, a, e, first, n, block);
+                tile_of_block<S, 8>(w, a, e, first, n, block);
         }
     }
 }
