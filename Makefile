@@ -44,7 +44,8 @@ test: $(STAMP)
 
 # Only the kernels are instrumented, so Python must be given the sanitizers' runtime before all else, and libstdc++ with
 # it, whose exceptions it watches. TBB would load its helper in a way that the runtime refuses. Leaks are not looked for:
-# Python and OpenVINO keep much until the end. What a report says goes to the terminal, past pytest's capture.
+# Python and OpenVINO keep much until the end. What a report says goes to the terminal, past pytest's capture. Attention
+# over long caches runs once, in the plugin: on every instruction set, checked, it would take a minute.
 SANITIZED := build/sanitized
 SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,kernels.py \
     $(addprefix kernel_,linear.py embedding.py isa.py refusals.py attention.py attention_refusals.py)))
@@ -57,7 +58,8 @@ test-sanitized: $(STAMP)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 \
 	    TBB_ENABLE_SANITIZERS=1 PYTHONPATH=tests EDGERT_KERNELS_FROM=$(SANITIZED)/installed \
-	    $(BIN)/python -m pytest -q --capture=sys -p kernels_from $(SANITIZED_TESTS) $(ARGS)
+	    $(BIN)/python -m pytest -q --capture=sys -p kernels_from $(SANITIZED_TESTS) \
+	    --deselect tests/test_kernel_attention.py::test_long_ones_too_with_any_number_of_threads $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -65,6 +65,19 @@ def status() -> KernelStatus:
     return load(openvino.Core())
 
 
+def instruction_set() -> str | None:
+    """Which instruction set the kernels use here, e.g. `avx512-vnni`; where `status` says that they load.
+
+    None where the environment variable EDGERT_KERNELS_MAX_ISA, which limits it, names none.
+    """
+    import ctypes
+
+    ask = ctypes.CDLL(str(library())).edgert_kernels_isa
+    ask.restype = ctypes.c_char_p
+    name: bytes | None = ask()
+    return None if name is None else name.decode()
+
+
 def factory() -> NodeFactory:
     """Makes nodes of the kernels' operations; where `status` says that they load.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,6 +54,17 @@ def test_json_is_the_checks(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["devices"]["ok"] is True
     assert "CPU: " in rows["devices"]["detail"]
     assert rows["native kernels"]["ok"] is (True if native.library() else None)
+
+
+@pytest.mark.skipif(not native.status().loads, reason="the native kernels do not load here")
+@pytest.mark.parametrize(("limit", "ok", "detail"), [("scalar", True, "scalar: "), ("mmx", False, "'mmx'")])
+def test_kernels_say_their_instruction_set(limit: str, ok: bool, detail: str) -> None:
+    ask = "from edgert.cli import doctor; check = doctor.check_kernels(); print(check.ok, check.detail)"
+    environment = os.environ | {"EDGERT_KERNELS_MAX_ISA": limit}
+    command = [sys.executable, "-c", ask]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert shown.startswith(str(ok)), shown
+    assert detail in shown
 
 
 def test_other_openvino_fails(versions: dict[str, str | None], capsys: pytest.CaptureFixture[str]) -> None:

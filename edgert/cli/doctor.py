@@ -74,8 +74,11 @@ def check_kernels() -> Check:
     except ImportError as error:
         return Check("native kernels", False, f"OpenVINO cannot be imported: {error}")
     again = "in edgert's source folder: pip install --force-reinstall --no-deps --no-cache-dir -v ."
+    if status.loads and (isa := native.instruction_set()) is not None:
+        return Check("native kernels", True, f"{isa}: {status.path}")
     if status.loads:
-        return Check("native kernels", True, str(status.path))
+        detail = f"EDGERT_KERNELS_MAX_ISA is {os.environ.get('EDGERT_KERNELS_MAX_ISA')!r}, which is no instruction set"
+        return Check("native kernels", False, detail, "leave it unset, or see docs/kernels.md")
     if status.path is not None:
         return Check("native kernels", False, f"{status.path}: {status.reason}", f"build them again, {again}")
     names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS  # CMake's order too

@@ -32,7 +32,7 @@ const Kernels& kernels();
 #endif
 
 extern "C" {
-// What is used now: for diagnosis. Null where the environment variable names something else.
+// What is used now, for diagnosis; null where EDGERT_KERNELS_MAX_ISA is no name. Null where the environment variable names something else.
 EDGERT_EXPORT const char* edgert_kernels_isa();
 // Use the best up to `limit` from now on; for tests and benchmarks, while nothing runs. Null where that is no name.
 EDGERT_EXPORT const char* edgert_kernels_limit_isa(const char* limit);
