@@ -22,11 +22,11 @@ from edgert.kernel_lowering.attention import SDPA, Attention, State, match, stat
 from edgert.kernel_lowering.linears import Linears, find, finish
 from edgert.kernel_lowering.masks import Masks
 from edgert.kernel_lowering.projections import Projections, projections
-from edgert.kernel_lowering.rewrite import CACHE, PAST, Factory, Rewriter
+from edgert.kernel_lowering.rewrite import Factory, Rewriter
 from edgert.kernel_lowering.view import Item, View
 from edgert.kernel_lowering.weights import Packable, Unsuitable, Weights
 from edgert.kernelfile import PackedWeights
-from edgert.kvlayout import KvLayout, Precision
+from edgert.kvlayout import CACHE, PAST, KvLayout, Precision
 from edgert.packing import Array
 
 __all__ = ["CACHE", "PAST", "LoweredCache", "LoweredModel", "Packables", "lower", "packables"]

@@ -17,10 +17,8 @@ from edgert.kernel_lowering.linears import Linear, Lookup
 from edgert.kernel_lowering.projections import Projections, Rows, Tables
 from edgert.kernel_lowering.view import Item, Tensor, View, dims_of, element_of, integers, last_dim
 from edgert.kernel_lowering.weights import Packable
-from edgert.kvlayout import KvLayout
+from edgert.kvlayout import CACHE, PAST, KvLayout
 from edgert.packing import Array
-
-PAST, CACHE = "past", "cache."  # inputs of a lowered model: tokens in the caches, and each layer's cache
 
 
 class Factory(Protocol):
