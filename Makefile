@@ -5,6 +5,7 @@
 #   make test-sanitized  tests of the kernels, which stop at the first access out of bounds (GCC on Linux)
 #   make bench        benchmarks/run.py
 #   make bench-peers  benchmarks/peers.py: edgert beside other runtimes, which get an environment of their own
+#   make bench-quality  benchmarks/quality.py: what compressing costs, beside others; ARGS="--shared FOLDER"
 #   make lint         ruff and mypy
 #   make clean        remove build/ and caches; .venv stays
 
@@ -17,7 +18,7 @@ TORCH := torch==2.13.0
 PEERS := build/peers
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test test-sanitized bench bench-peers lint clean
+.PHONY: setup demo test test-sanitized bench bench-peers bench-quality lint clean
 
 setup: $(STAMP)
 
@@ -66,6 +67,9 @@ bench: $(STAMP)
 
 bench-peers: $(STAMP) $(PEERS)/.complete
 	$(BIN)/python benchmarks/peers.py $(ARGS)
+
+bench-quality: $(STAMP) $(PEERS)/.complete
+	$(BIN)/python benchmarks/quality.py $(ARGS)
 
 # Builds llama.cpp twice: half an hour on two cores.
 $(PEERS)/.complete: benchmarks/peers-requirements.txt benchmarks/runtimes/install.py

@@ -31,6 +31,17 @@ class Bar:
     strong: bool
 
 
+@dataclass(frozen=True)
+class Dot:
+    """A form of something: where it lies, a short mark beside it, what to say of it, and whether it stands out."""
+
+    x: float
+    y: float
+    mark: str
+    title: str
+    strong: bool
+
+
 def scatter(title: str, points: Sequence[Point], limits: Mapping[str, float | None]) -> str:
     """Predicted over published values, both logarithmic, with a dashed band for each series that has a limit."""
     size, edge = 460, 50
@@ -138,6 +149,64 @@ def bars(title: str, rows: Mapping[str, Mapping[str, Sequence[Bar]]]) -> str:
                 )
         y += 8 + step * max(len(found) for found in panels.values()) + 26
     return _document(width, y - 10, title, items)
+
+
+def panels(title: str, found: Mapping[str, Sequence[Dot]], limit: float, label: str, legend: Sequence[str]) -> str:
+    """Shares over something, both logarithmic, in panels side by side with a scale of their own.
+
+    What is below a hundredth of `limit`, or negative, is drawn hollow at the bottom.
+
+    Args:
+        found: dots by panel.
+        limit: a share with a dashed line in each panel.
+        label: of the lower axis.
+        legend: lines of text beneath.
+    """
+    panel, height, gap, top, floor = 250, 260, 60, 60, limit / 100
+    items = []
+    for column, (heading, dots) in enumerate(found.items()):
+        left = 50 + column * (panel + gap)
+        xs = [dot.x for dot in dots] or [1.0]
+        across = _logarithmic(0.93 * min(xs), 1.12 * max(xs), left, left + panel)
+        up = _logarithmic(floor, 2 * max([limit, *(dot.y for dot in dots)]), top + height, top)
+        items.append(f'<text x="{left}" y="{top - 12}" font-weight="600">{escape(heading)}</text>')
+        items.append(
+            f'<path d="M{left},{top} V{top + height} H{left + panel}" fill="none" stroke="#888"/>'
+            f'<line x1="{left}" x2="{left + panel}" y1="{up(limit):.1f}" y2="{up(limit):.1f}" stroke="{COLOURS[1]}" '
+            'stroke-dasharray="4 3"/>'
+        )
+        for power in range(-6, 3):
+            if floor * 0.999 <= 10.0**power and top <= up(10.0**power):
+                at = up(10.0**power)
+                items.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{100 * 10.0**power:g} %</text>')
+        for value in (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 32):
+            if left <= across(value) <= left + panel:
+                items.append(
+                    f'<text x="{across(value):.1f}" y="{top + height + 16}" text-anchor="middle">{value}</text>'
+                )
+        items.append(
+            f'<text x="{left + panel / 2}" y="{top + height + 34}" text-anchor="middle">{escape(label)}</text>'
+        )
+        placed: list[tuple[float, float, float]] = []  # of texts: left and right end, height
+        for dot in sorted(dots, key=lambda dot: (dot.x, dot.y)):
+            x, y, colour = across(dot.x), up(max(dot.y, floor)), COLOURS[0] if dot.strong else "#999"
+            at, length = x + 7, 7 * len(dot.mark) + 4
+            while beside := [
+                end for start, end, level in placed if abs(y - level) < 11 and start < at + length and at < end
+            ]:
+                at = max(beside)
+            placed.append((at, at + length, y))
+            inside = colour if dot.y >= floor else "#fff"
+            weight = ' font-weight="600"' if dot.strong else ""
+            items.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{inside}" stroke="{colour}">'
+                f"<title>{escape(dot.title)}</title></circle>"
+                f'<text x="{at:.1f}" y="{y + 4:.1f}"{weight}>{escape(dot.mark)}</text>'
+            )
+    y = top + height + 60
+    for index, text in enumerate(legend):
+        items.append(f'<text x="50" y="{y + 17 * index}">{escape(text)}</text>')
+    return _document(max(50 + len(found) * (panel + gap), 480), y + 17 * len(legend), title, items)
 
 
 def write(page: Path, text: str, svg: str) -> None:

@@ -7,6 +7,7 @@
     quality.py      the gate                compress.py     NNCF and the table of precisions
     onnx_bundle.py  a bundle that onnxruntime runs
     npu.py          submodels compiled for NPUs
+    mixed/          the mix of precisions that keeps a budget of perplexity
     kernels.py      weights packed for the CPU kernels
 
 build.py puts them together.
@@ -25,7 +26,11 @@ if __name__ != "edgert.converters":
     raise ImportError(f"edgert's converters must be imported as edgert.converters, not as {__name__}")
 
 if TYPE_CHECKING:
+    from edgert.converters.mixed.mixing import MixedOptions
+
     from edgert.bundle import Bundle
+    from edgert.profile import Profile
+    from edgert.scheduler import Objective
     from edgert.shapes import StaticShapes
 
 _WEIGHTS = ("fp16", "int8", "int4")
@@ -51,7 +56,14 @@ def compile(
     npu_shapes: StaticShapes | None = None,
     npu_split: bool = False,
     kernels: bool | None = None,
+    max_ppl_increase: float | None = None,
+    calibration: str | Path | None = None,
+    target: Profile | str | None = None,
+    target_devices: Sequence[str] | None = None,
+    objective: Objective | None = None,
+    seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    advance: Callable[[float], None] | None = None,
 ) -> Bundle:
     """Turn a model into a bundle.
 
@@ -73,9 +85,22 @@ def compile(
             256 tokens, and caches of 1024 and 4096.
         npu_split: compile each block by itself, so that any of them can be placed on an NPU alone.
         kernels: add the weights packed for edgert's CPU kernels, another copy. By default where the kernels load here.
+        max_ppl_increase: instead of `weights`: for each matrix a precision is searched, INT4 to f16, so that the model
+            is as small, or on `target` as good, as it can be while its perplexity is, with 95 % confidence, at most so
+            much above that of the f16 model; 0.01 is one percent. What a search measures is kept beside `out` until
+            it is done, so that one that was interrupted goes on. docs/quality.md says how it works.
+        calibration: UTF-8 text, or a folder of it, that this is measured on, at least 4096 tokens; more make the bound
+            narrower. By default the model writes one itself.
+        target: profile of the machine that the model is for, or its name: then time or energy there counts, and a plan
+            is chosen along with the precisions.
+        target_devices: configurations of the profile that may run blocks, e.g. `["NPU@f16"]`; all by default.
+        objective: what counts on the target; by default `tokens_per_joule`.
+        seed: of what the search draws: the same one gives the same bundle.
         progress: is told each stage as it begins.
+        advance: is told which share of a long stage is done, 0 to 1.
 
     Raises:
+        QualityError: `max_ppl_increase` cannot be kept, and `force` is not set; no bundle is written.
         UsageError: an argument is wrong, or `out` exists.
         ConversionError: the model cannot be converted; `ParityError`: it could, but computes something else.
         MissingDependencyError: a package of `edgert[compile]` is missing or does not load.
@@ -84,7 +109,16 @@ def compile(
     _check_choice("weights", weights, _WEIGHTS)
     _check_choice("exporter", exporter, _EXPORTERS)
     _check_choice("format", format, _FORMATS)
-    npu_int4 = bool(npu) and weights == "int4"
+    if max_ppl_increase is None:
+        given = {"calibration": calibration, "target": target, "target_devices": target_devices, "objective": objective}
+        for option, value in given.items():
+            if value is not None:
+                raise UsageError(f"{option} is {str(value)[:80]!r}, and needs max_ppl_increase")
+    elif weights != "int4" or group_size is not None or sym or awq or dataset is not None or format != "openvino":
+        raise UsageError(
+            "max_ppl_increase chooses precisions: it excludes weights, group_size, sym, awq, dataset, onnx"
+        )
+    npu_int4 = bool(npu) and weights == "int4" and max_ppl_increase is None
     if weights != "int4" and (sym or awq or dataset is not None or group_size is not None):
         raise UsageError(f"group_size, sym, awq and dataset are for weights='int4', not for {weights!r}")
     group_size = (-1 if npu_int4 else 128) if group_size is None else group_size
@@ -99,6 +133,8 @@ def compile(
         raise UsageError("npu_shapes and npu_split need npu, the platforms to compile for")
     if kernels and format != "openvino":
         raise UsageError(f"kernels need format 'openvino', not {format!r}")
+    if npu and max_ppl_increase is not None and target is None:
+        raise UsageError("npu with max_ppl_increase needs target, whose plan says which blocks run on the NPU")
     if dataset is not None and not Path(dataset).is_file():
         raise UsageError(f"dataset {dataset}: no such file")
     if kernels is None:
@@ -107,6 +143,9 @@ def compile(
         from edgert.converters.build import Options, build
         from edgert.converters.npu import DEFAULT_SHAPES, NpuOptions
 
+        mixed = None
+        if max_ppl_increase is not None:
+            mixed = _mixed(max_ppl_increase, calibration, target, target_devices, objective, seed)
         return build(
             src,
             Path(out),
@@ -122,14 +161,55 @@ def compile(
                 force,
                 NpuOptions(tuple(dict.fromkeys(npu)), npu_shapes or DEFAULT_SHAPES, npu_split) if npu else None,
                 kernels,
+                mixed,
             ),
             progress or (lambda stage: None),
+            advance or (lambda share: None),
         )
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _PACKAGES:
             raise
         raise MissingDependencyError(f"compile needs {package}: pip install edgert[compile]") from error
+
+
+def _mixed(
+    max_increase: float,
+    calibration: str | Path | None,
+    target: Profile | str | None,
+    devices: Sequence[str] | None,
+    objective: Objective | None,
+    seed: int,
+) -> MixedOptions:
+    from edgert.converters.mixed.mixing import MixedOptions
+    from edgert.converters.mixed.search import Target
+
+    from edgert.device import DeviceConfig
+    from edgert.profile import find
+    from edgert.scheduler import OBJECTIVES
+
+    if not 0 < max_increase < 1:
+        raise UsageError(f"max_ppl_increase is {max_increase}, expected a number above 0 and below 1 (100 %)")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise UsageError(f"seed is {seed!r}, expected a whole number, 0 or more")
+    if calibration is not None and not Path(calibration).exists():
+        raise UsageError(f"calibration {calibration}: no such file or folder")
+    if target is None:
+        if devices is not None or objective is not None:
+            raise UsageError("target_devices and objective need target, the profile of a machine")
+        return MixedOptions(max_increase, Path(calibration) if calibration else None, None, seed)
+    profile = find(target) if isinstance(target, str) else target
+    configs = None if devices is None else tuple(DeviceConfig.parse(name) for name in devices)
+    if configs == ():
+        raise UsageError("target_devices is empty: nothing could run there")
+    for config in configs or ():
+        if config not in profile.configs:
+            known = ", ".join(map(str, profile.configs))
+            raise UsageError(f"target_devices: profile {profile.machine} has no {config}; it has {known}")
+    wanted = objective or "tokens_per_joule"
+    _check_choice("objective", wanted, OBJECTIVES)
+    found = Target(profile, wanted, configs=configs)
+    return MixedOptions(max_increase, Path(calibration) if calibration else None, found, seed)
 
 
 def _check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:

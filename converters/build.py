@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +18,8 @@ from edgert.converters import quality
 from edgert.converters.canonical import DECODER_OUTPUT, canonical_decoder, canonical_encoder
 from edgert.converters.compress import Weights, compress, precision_table, read_samples, to_fp16
 from edgert.converters.kernels import add_kernels
+from edgert.converters.mixed.bundled import BundledMix
+from edgert.converters.mixed.mixing import MixedOptions
 from edgert.converters.npu import NpuOptions, add_blobs, require_compiler
 from edgert.converters.sources import (
     Source,
@@ -43,6 +47,8 @@ from edgert.graph import BlockGraph
 from edgert.irgraph import make_names_unique
 from edgert.partition import annotate, whole
 
+log = logging.getLogger("edgert")
+
 Progress = Callable[[str], None]
 Rows = list[dict[str, Any]]
 _TOOLS = {
@@ -68,13 +74,14 @@ class Options:
     force: bool
     npu: NpuOptions | None = None
     kernels: bool = False
+    mixed: MixedOptions | None = None
 
 
-def build(src: str | Path, out: Path, options: Options, progress: Progress) -> Bundle:
+def build(src: str | Path, out: Path, options: Options, progress: Progress, advance: Callable[[float], None]) -> Bundle:
     """See `edgert.converters.compile`."""
-    with create(out, overwrite=options.force) as draft:
+    with ExitStack() as after, create(out, overwrite=options.force) as draft:
         progress("load")
-        source = detect(src)
+        source, mix = detect(src), None
         if options.npu is not None:
             require_compiler()  # now, and not after the export
         if options.weights != "fp16" and source.kind in {"huggingface", "onnx"} and find_spec("nncf") is None:
@@ -87,50 +94,64 @@ def build(src: str | Path, out: Path, options: Options, progress: Progress) -> B
 
             facts_, report, graph = build_onnx(source, draft, options, progress)
         elif source.kind == "gguf":
+            if options.mixed is not None:
+                raise UsageError(f"max_ppl_increase needs float weights; those of {source.path} are kept as they are")
             facts_, report, graph = _build_gguf(source, draft, options, progress)
         else:
-            facts_, report, graph = _build_openvino(source, draft, options, progress)
+            if options.mixed is not None:
+                mix = BundledMix(after, out, options.mixed, kernels=options.kernels, force=options.force)
+            facts_, report, graph = _build_openvino(source, draft, options, progress, advance, mix)
         if options.npu is not None:
             unfinished = Bundle(draft.path, facts_, report, graph, {})
-            report.checks.append(add_blobs(unfinished, options.npu, progress))
+            placed = None if mix is None else mix.on_npu
+            if placed == []:
+                log.warning("the plan for %s has nothing on an NPU: nothing is compiled for one", out.name)
+            else:
+                report.checks.append(add_blobs(unfinished, options.npu, progress, placed))
         gc.collect()  # Windows renames no folder with a file that is still memory-mapped
         draft.finish(facts_, report, graph)
     return Bundle.open(out)
 
 
 def _build_openvino(
-    source: Source, draft: Draft, options: Options, progress: Progress
+    source: Source,
+    draft: Draft,
+    options: Options,
+    progress: Progress,
+    advance: Callable[[float], None],
+    mix: BundledMix | None,
 ) -> tuple[ModelFacts, Report, BlockGraph]:
     tokenizer = copy_tokenizer(source.folder, draft.path / "tokenizer")
     config = source.config()
     model, task, checks = _convert(source, options, progress)
     gc.collect()
     vocab_size = _vocab_size(model, config, task)
-    weights: str = options.weights
-    if _is_compressed(model):
-        weights = "source"
-    else:
-        progress(f"compress to {weights}")
+    compressed = _is_compressed(model)
+    weights = "source" if compressed else "mixed" if mix else options.weights
+    if mix is not None and (compressed or task != "decoder"):
+        what = "its weights are compressed already" if compressed else f"it is an {task}"
+        raise UsageError(f"max_ppl_increase is for decoders with float weights; {source.name}: {what}")
+    if not compressed:
         to_fp16(model)
         gc.collect()
-        if options.weights != "fp16":
-            chosen = samples(options, tokenizer, vocab_size) if options.dataset else None
-            model = compress(
-                model,
-                options.weights,
-                group_size=options.group_size,
-                sym=options.sym,
-                awq=options.awq,
-                samples=chosen,
-            )
+    parameters = sum(row["elements"] for row in precision_table(model))
+    described = describe(source, config, options, task, "openvino", vocab_size, tokenizer, draft, weights, parameters)
+    if mix is not None:
+        model = mix.compress(model, draft, described, progress, advance)
+    elif not compressed and options.weights != "fp16":
+        progress(f"compress to {weights}")
+        chosen = samples(options, tokenizer, vocab_size) if options.dataset else None
+        model = compress(
+            model, options.weights, group_size=options.group_size, sym=options.sym, awq=options.awq, samples=chosen
+        )
     progress("write")
     rows, graph = save(model, draft, checks, vocab_size)
+    del model
     if options.kernels:
         progress("pack for the CPU kernels")
         checks += add_kernels(draft.path, vocab_size=vocab_size, window=quality.attention_window(config))
-    parameters = sum(row["elements"] for row in rows)
-    described = describe(source, config, options, task, "openvino", vocab_size, tokenizer, draft, weights, parameters)
-    return described, report(source, options, rows, checks), graph
+    found = report(source, options, rows, checks)
+    return described, found if mix is None else replace(found, quality=mix.summary), graph
 
 
 def describe(

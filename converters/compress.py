@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,24 +149,15 @@ def precision_table(model: ov.Model) -> list[dict[str, Any]]:
     `norms+other`. Scales and zero points are in `bytes` only. `group_size` is None for weights without scales and -1
     for one scale a channel.
     """
-    head = _head(model)
     roles: dict[int, set[str]] = {}
     cones: dict[int, list[ov.Node]] = {}  # memory of a weight -> the weight, its scales and zero points
     grouped = set()
-    for node in model.get_ordered_ops():
-        kind = node.get_type_name()
-        for port in node.inputs() if kind == "MatMul" else node.inputs()[:1] if kind == "Gather" else []:
-            cone = _constants(port.get_source_output().get_node())
-            if not cone or not _is_matrix(cone[0]):
-                continue
-            key = _memory(cone[0])
-            cones.setdefault(key, cone)
-            if len(cone[0].get_output_shape(0)) > len(port.get_partial_shape()):
-                grouped.add(key)  # [..., groups, group] until a Reshape joins the groups
-            table = kind == "Gather" and len(port.get_partial_shape()) == 2  # three axes: experts
-            roles.setdefault(key, set()).add(
-                "embedding" if table else "head" if node.get_friendly_name() == head else "linear"
-            )
+    for use in weight_uses(model):
+        key = _memory(use.constants[0])
+        cones.setdefault(key, use.constants)
+        if len(use.constants[0].get_output_shape(0)) > len(use.port.get_partial_shape()):
+            grouped.add(key)  # [..., groups, group] until a Reshape joins the groups
+        roles.setdefault(key, set()).add(use.role)
     seen = {constant.get_friendly_name() for cone in cones.values() for constant in cone}
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Constant" and node.get_friendly_name() not in seen and _type(node) in _FLOATS:
@@ -174,7 +166,7 @@ def precision_table(model: ov.Model) -> list[dict[str, Any]]:
 
     rows: dict[tuple[str, str, int | None], dict[str, Any]] = {}
     for key, (weight, *scales) in cones.items():
-        role = "embedding+head" if roles[key] == {"embedding", "head"} else min(roles[key], key=ROLES.index)
+        role = joint_role(roles[key])
         group = (weight.get_output_shape(0)[-1] if key in grouped else -1) if scales else None
         row = rows.setdefault(
             (role, _type(weight), group),
@@ -184,6 +176,46 @@ def precision_table(model: ov.Model) -> list[dict[str, Any]]:
         row["elements"] += _elements(weight)
         row["bytes"] += sum((_elements(c) * _BITS[_type(c)] + 7) // 8 for c in (weight, *scales))
     return sorted(rows.values(), key=lambda row: (ROLES.index(row["role"]), -row["bytes"]))
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """Where a model reads a weight matrix.
+
+    Attributes:
+        port: the input of a product or lookup that takes it.
+        constants: what it is computed from, largest first: the weight, scales and zero points.
+        role: `embedding`, `head` or `linear`.
+    """
+
+    port: ov.Input
+    constants: list[ov.Node]
+    role: str
+
+    @property
+    def node(self) -> ov.Node:
+        return self.port.get_node()
+
+
+def weight_uses(model: ov.Model) -> list[WeightUse]:
+    """Every place of a model or submodel that reads a weight matrix, in the order of execution."""
+    head = _head(model)
+    found = []
+    for node in model.get_ordered_ops():
+        kind = node.get_type_name()
+        for port in node.inputs() if kind == "MatMul" else node.inputs()[:1] if kind == "Gather" else []:
+            constants = _constants(port.get_source_output().get_node())
+            if not constants or not _is_matrix(constants[0]):
+                continue
+            table = kind == "Gather" and len(port.get_partial_shape()) == 2  # three axes: experts
+            role = "embedding" if table else "head" if node.get_friendly_name() == head else "linear"
+            found.append(WeightUse(port, constants, role))
+    return found
+
+
+def joint_role(roles: set[str]) -> str:
+    """The role of a matrix that is used in some roles."""
+    return "embedding+head" if roles == {"embedding", "head"} else min(roles, key=ROLES.index)
 
 
 def _constants(node: ov.Node) -> list[ov.Node]:

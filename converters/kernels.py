@@ -41,15 +41,8 @@ def add_kernels(folder: Path, *, vocab_size: int, window: int | None) -> list[Ro
         OSError: the disk did not take them.
     """
     core = ov.Core()
-    model = core.read_model(folder / "model.xml")
-    found = packables(model)
-    with PackedWriter(folder, found.refused) as writer:
-        for packable in found.packed:
-            writer.add(packable.key, packable.shape, packable.content, packable.pack)
-    decoder = any(DECODER_OUTPUT in port.get_names() for port in model.outputs)
-    if not decoder or not native.load(core).loads:
+    if not pack(folder) or not native.load(core).loads:
         return []
-    del model
     try:
         return [_check(core, folder, vocab_size, window)]
     except ParityError as error:
@@ -57,6 +50,20 @@ def add_kernels(folder: Path, *, vocab_size: int, window: int | None) -> list[Ro
     gc.collect()  # Windows removes no file that is still memory-mapped
     make_unusable(folder, reason)
     return []
+
+
+def pack(folder: Path) -> bool:
+    """Add kernels.json and kernels.bin to a folder with model.xml and model.bin; tells whether that is a decoder.
+
+    Raises:
+        OSError: the disk did not take them.
+    """
+    model = ov.Core().read_model(folder / "model.xml")
+    found = packables(model)
+    with PackedWriter(folder, found.refused) as writer:
+        for packable in found.packed:
+            writer.add(packable.key, packable.shape, packable.content, packable.pack)
+    return any(DECODER_OUTPUT in port.get_names() for port in model.outputs)
 
 
 def _check(core: ov.Core, folder: Path, vocab_size: int, window: int | None) -> Row:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,13 +57,14 @@ def require_compiler() -> compiler.Compiler:
     return found
 
 
-def groups(graph: BlockGraph, split: bool) -> list[tuple[int, int]]:
-    """First and last block of each submodel: all but the embedding, the head by itself."""
+def groups(graph: BlockGraph, split: bool, on_npu: Collection[int]) -> list[tuple[int, int]]:
+    """First and last block of each submodel: all but the embedding, the head by itself, none partly on an NPU."""
     found: list[tuple[int, int]] = []
     room = 0
     for block in graph.blocks[1:]:
         room -= block.total_weight_bytes
-        if not found or split or block.kind is BlockKind.HEAD or room < 0:
+        changes = (block.index in on_npu) != (block.index - 1 in on_npu)
+        if not found or split or changes or block.kind is BlockKind.HEAD or room < 0:
             found.append((block.index, block.index))
             room = MAX_SUBMODEL_BYTES - block.total_weight_bytes
         else:
@@ -71,11 +72,17 @@ def groups(graph: BlockGraph, split: bool) -> list[tuple[int, int]]:
     return found
 
 
-def add_blobs(bundle: Bundle, options: NpuOptions, progress: Callable[[str], None]) -> dict[str, Any]:
+def add_blobs(
+    bundle: Bundle,
+    options: NpuOptions,
+    progress: Callable[[str], None],
+    placed: Sequence[tuple[int, int]] | None = None,
+) -> dict[str, Any]:
     """Compile the model of a bundle in the making; blobs and their index go to its folder `npu`.
 
     Args:
         bundle: unfinished: its model is in place, its manifest is not.
+        placed: first and last blocks of what will run on an NPU; None for all but the embedding. Only that is compiled.
 
     Returns:
         The row of the check that the static submodels compute what the model does.
@@ -88,20 +95,24 @@ def add_blobs(bundle: Bundle, options: NpuOptions, progress: Callable[[str], Non
     if graph is None or bundle.facts.task != "decoder":
         raise ConversionError("NPU: only decoders that are cut into blocks are compiled for it")
     model = ov.Core().read_model(bundle.model_path)
-    if findings := recipe.check(model, graph):
+    on_npu = {
+        b.index for b in graph.blocks[1:] if placed is None or any(first <= b.index <= last for first, last in placed)
+    }
+    if findings := recipe.check(model, graph, blocks=on_npu):
         more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
         raise ConversionError(f"NPU: {findings[0]}{more}")
     progress("check static shapes")
     row = check_static(bundle)
     with_npu = require_compiler()
     keep_last_logits(model, graph)
-    ranges = groups(graph, options.split)
+    ranges = groups(graph, options.split, on_npu)
     submodels = cut(model, graph, [(0, 0), *ranges], range(1, len(ranges) + 1))
     axes = prelude_axes(submodels[0])
     store = BlobStore(bundle.path)
     jobs = [
         (number, shape, platform)
-        for number in range(len(ranges))
+        for number, (first, _) in enumerate(ranges)
+        if first in on_npu
         for shape in _shapes(submodels[number + 1], options.shapes.within(bundle.facts.context_length))
         for platform in options.platforms
     ]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edgert.device import DeviceConfig as DeviceConfig
     from edgert.device import DeviceInfo as DeviceInfo
     from edgert.errors import EdgertError as EdgertError
+    from edgert.evaluation import Evaluation as Evaluation
     from edgert.graph import BlockGraph as BlockGraph
     from edgert.kvcache import KvCache as KvCache
     from edgert.placement import Plan as Plan
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from edgert.session import Model as Model
     from edgert.session import load as load
     from edgert.shapes import StaticShapes as StaticShapes
+    from edgert.subjects import evaluate as evaluate
 
 __version__ = "0.1.0"
 
@@ -43,6 +45,7 @@ _PUBLIC = {
     "DeviceConfig": "edgert.device",
     "DeviceInfo": "edgert.device",
     "EdgertError": "edgert.errors",
+    "Evaluation": "edgert.evaluation",
     "Event": "edgert.results",
     "KvCache": "edgert.kvcache",
     "Model": "edgert.session",
@@ -53,6 +56,7 @@ _PUBLIC = {
     "StaticShapes": "edgert.shapes",
     "compile": "edgert.converters",
     "devices": "edgert.backends",
+    "evaluate": "edgert.subjects",
     "load": "edgert.session",
 }
 

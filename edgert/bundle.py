@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -30,6 +31,10 @@ MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 MAX_NAME = 255
 PRECISION_COLUMNS = {"role": str, "precision": str, "tensors": int, "elements": int, "bytes": int}
 CHECK_COLUMNS = {"check": str, "relative_error": float, "limit": float, "against": str}
+QUALITY_COLUMNS = {
+    "budget": float, "met": bool, "increase": float, "standard_error": float, "bound": float, "perplexity": float,
+    "reference": float, "text": str, "sha256": str, "tokens": int, "config": str,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,17 @@ class Report:
         tools: package versions, e.g. `{"openvino": "2026.4.1", "nncf": "3.4.0"}`.
         precisions: what became which precision: rows with `PRECISION_COLUMNS`.
         checks: gates passed: rows with `CHECK_COLUMNS`.
+        quality: what the precisions cost, where they were chosen for a budget: with `QUALITY_COLUMNS`. `budget`,
+            `increase`, its `standard_error` and `bound` (what it is below, with 95 % confidence) are relative, 0.01 for
+            1 %, of `perplexity` above `reference`, the source's; `sha256` is of the tokens of `text`, `tokens` of
+            which were judged, on `config`. The file quality.json has the rest.
     """
 
     source: str
     tools: dict[str, str]
     precisions: list[dict[str, Any]] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
+    quality: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,7 @@ class Bundle:
             report = build(Report, manifest.get("report"), "report")
             check_rows(report.precisions, PRECISION_COLUMNS, "report.precisions")
             check_rows(report.checks, CHECK_COLUMNS, "report.checks")
+            _check_quality(report.quality)
         except ValueError as error:
             raise BundleError(f"bundle {root}: manifest: {error}") from error
         main = "model.xml" if facts.format == "openvino" else "model.onnx"
@@ -262,6 +273,14 @@ def _facts(data: Any) -> ModelFacts:
     if (facts.pooling is None) != (facts.task == "decoder"):
         raise ValueError(f"model: pooling is {facts.pooling!r} for task {facts.task!r}")
     return facts
+
+
+def _check_quality(quality: dict[str, Any] | None) -> None:
+    if quality is not None:
+        check_rows([quality], QUALITY_COLUMNS, "report.quality")
+        for name, kind in QUALITY_COLUMNS.items():
+            if kind is float and not math.isfinite(quality[name]):
+                raise ValueError(f"report.quality: {name} is {quality[name]}, expected a finite number")
 
 
 def _read_json(root: Path, name: str) -> dict[str, Any]:

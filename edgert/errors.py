@@ -17,9 +17,11 @@
     │       ├── DeviceHungError        it did not answer in time
     │       └── DeviceNonsenseError    it gave NaN
     ├── PlanError              a plan does not fit the model it is meant for
+    ├── QualityError           a limit on what a model may lose is not kept
     └── ChatTemplateError      no chat template, or one that fails or oversteps its sandbox
 
-Whoever embeds edgert catches `EdgertError`; the command line prints any of them as one line and exits with code 2.
+Whoever embeds edgert catches `EdgertError`; the command line prints any of them as one line and exits with code 2,
+or with 3 for a `QualityError`: nothing was wrong but the number.
 """
 
 from __future__ import annotations
@@ -123,6 +125,20 @@ class DeviceNonsenseError(DeviceFailedError):
 
 class PlanError(EdgertError):
     """A plan does not fit the model it is meant for."""
+
+
+class QualityError(EdgertError):
+    """A limit on what a model may lose against its reference is not kept.
+
+    Attributes:
+        value: what was found.
+        limit: the largest value allowed.
+    """
+
+    def __init__(self, message: str, *, value: float, limit: float) -> None:
+        super().__init__(message)
+        self.value = value
+        self.limit = limit
 
 
 class ChatTemplateError(EdgertError):

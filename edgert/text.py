@@ -109,6 +109,25 @@ class Tokenizer:
                 ids = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of a text, without special ones, and for each the index of the character behind it in `text`.
+
+        Raises:
+            UsageError: as `encode`.
+        """
+        if not isinstance(text, str):
+            raise UsageError(f"text is a {type(text).__name__}, expected str")
+        try:
+            encoding = self._backend.encode(text, add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise UsageError("text is no valid Unicode: it holds half a surrogate pair") from error
+        return encoding.ids, [end for _, end in encoding.offsets]
+
+    def prefix(self) -> int | None:
+        """The first of the tokens that the model expects before a text, usually bos; None where there is none."""
+        bare, whole = self.encode("a", special=False), self.encode("a")
+        return whole[0] if len(whole) > len(bare) and whole[0] != bare[0] else None
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; special tokens and ids outside of the vocabulary have none."""
         text: str = self._backend.decode([i for i in ids if 0 <= i < 2**32], skip_special_tokens=True)

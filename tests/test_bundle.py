@@ -134,6 +134,40 @@ def test_absurd_reports(fake_bundle: MakeBundle, field: str, value: object) -> N
         Bundle.open(path)
 
 
+QUALITY = {
+    "budget": 0.01, "met": True, "increase": 0.0083, "standard_error": 0.001, "bound": 0.0099, "perplexity": 5.04,
+    "reference": 5, "text": "held-out.txt", "sha256": "ab" * 32, "tokens": 8192, "config": "CPU@f32",
+}  # fmt: skip
+
+
+def test_quality_is_read_back(fake_bundle: MakeBundle) -> None:
+    path = fake_bundle()
+    edit_manifest(path, lambda m: m["report"].update(quality=QUALITY))
+    assert Bundle.open(path).report.quality == QUALITY
+
+
+def test_a_manifest_from_before_there_was_quality(fake_bundle: MakeBundle) -> None:
+    path = fake_bundle()
+    edit_manifest(path, lambda m: m["report"].pop("quality"))
+    assert Bundle.open(path).report.quality is None
+
+
+@pytest.mark.parametrize(
+    "quality",
+    [
+        {}, [], "good", 1,
+        *({**QUALITY, name: value} for name in QUALITY for value in (None, [], {"x": 1})),
+        {**QUALITY, "met": 1}, {**QUALITY, "budget": "1%"}, {**QUALITY, "text": 5}, {**QUALITY, "tokens": 0.5},
+        {**QUALITY, "increase": float("nan")}, {**QUALITY, "bound": float("inf")}, {**QUALITY, "tokens": 10**400},
+    ],
+)  # fmt: skip
+def test_absurd_quality(fake_bundle: MakeBundle, quality: object) -> None:
+    path = fake_bundle()
+    edit_manifest(path, lambda m: m["report"].update(quality=quality))
+    with pytest.raises(BundleError, match="quality"):
+        Bundle.open(path)
+
+
 @pytest.mark.parametrize("name", ["tokenizer/chat_template.jinja", "model.onnx", "model.xml.bak"])
 def test_what_the_manifest_does_not_list_is_refused(fake_bundle: MakeBundle, name: str) -> None:
     path = fake_bundle()

@@ -15,13 +15,15 @@ from xml.etree import ElementTree
 import pytest
 
 from edgert import architecture, profile
+from edgert.charts import GREY, Point, bars_svg, palette, points_svg, ticks, tornado_svg
 from edgert.cli import main
 from edgert.cli.model import find_model
-from edgert.cli.picture import GREY, Point, bars_svg, palette, plan_svg, points_svg, rows, ticks, tornado_svg
-from edgert.cli.report import Study, duration, proof, runner_ups, study_html
+from edgert.cli.picture import plan_svg, rows
+from edgert.cli.report import Study, proof, runner_ups, study_html
 from edgert.cost import Costs, Workload
 from edgert.device import DeviceConfig
 from edgert.errors import UsageError
+from edgert.page import duration
 from edgert.placement import Plan
 from edgert.prediction import predict
 from edgert.scheduler import Constraints, schedule, sensitivity

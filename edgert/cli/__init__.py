@@ -11,9 +11,9 @@ from importlib import import_module
 from typing import Any
 
 from edgert import __version__
-from edgert.errors import EdgertError
+from edgert.errors import EdgertError, QualityError
 
-VERBS = ("devices", "compile", "inspect", "profile", "plan", "run", "bench", "fit", "doctor")
+VERBS = ("devices", "compile", "inspect", "profile", "plan", "run", "bench", "eval", "fit", "doctor")
 
 DESCRIPTION = """\
 Run language models on small Intel machines.
@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `edgert` command.
 
     Returns:
-        0 on success; 2 for a wrong argument or any `EdgertError`, told in one line; 130 after Ctrl-C. Verbs may return
-        other codes of their own.
+        0 on success; 2 for a wrong argument or any `EdgertError`, told in one line, but 3 for a `QualityError`; 130
+        after Ctrl-C. Verbs may return other codes of their own.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = argparse.Namespace(debug=False)
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         print(f"edgert: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, QualityError) else 2
     except KeyboardInterrupt:
         if options.debug:
             raise

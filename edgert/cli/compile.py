@@ -9,7 +9,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from edgert.bundle import Bundle
-from edgert.cli.options import Subparsers, console, size
+from edgert.cli.options import Subparsers, add_objective, console, share
+from edgert.errors import UsageError
+from edgert.page import size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +27,8 @@ examples
   edgert compile ./Qwen3-0.6B -o qwen3.edge
   edgert compile ./Qwen3-0.6B -o qwen3.edge --weights int4 --group-size 64 --awq --dataset texts.txt
   edgert compile model.gguf -o model.edge
+  edgert compile ./Qwen3-0.6B -o qwen3.edge --max-ppl-increase 1% --calibration texts.txt
+  edgert compile ./Qwen3-0.6B -o qwen3.edge --max-ppl-increase 1% --target lunarlake
   edgert compile ./Qwen3-0.6B -o qwen3.edge --npu 4000,5010
 
 Every export is checked against its source before it is compressed; a wrong one is refused.
@@ -35,7 +39,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("compile", help="turn a model into a bundle", epilog=EPILOG)
     parser.add_argument("src", metavar="SRC", help="the model: see below")
     parser.add_argument("-o", "--output", required=True, metavar="OUT.edge", help="the bundle to write")
-    parser.add_argument("--weights", choices=("fp16", "int8", "int4"), default="int4", help="default: int4")
+    parser.add_argument("--weights", choices=("fp16", "int8", "int4"), help="default: int4")
     parser.add_argument(
         "--group-size", type=int, help="INT4 group size; -1 is per channel (default: 128, with --npu -1)"
     )
@@ -52,6 +56,18 @@ def add_parser(subparsers: Subparsers) -> None:
         "--format", choices=("openvino", "onnx"), default="openvino",
         help="onnx makes a bundle that onnxruntime runs whole (default: openvino)",
     )  # fmt: skip
+    mixed = parser.add_argument_group(
+        "precision by budget",
+        "The best mix of INT4, INT8 and f16 whose measured perplexity stays within a limit; instead of --weights.",
+    )
+    mixed.add_argument("--max-ppl-increase", type=share, metavar="X%", help="over the f16 model's, e.g. 1%% or 0.01")
+    mixed.add_argument(
+        "--calibration", metavar="FILE", help="UTF-8 text, or a folder of *.txt (default: the model writes one)"
+    )
+    mixed.add_argument("--target", metavar="PROFILE", help="machine to be best on: a profile's name or file")
+    mixed.add_argument("--target-devices", type=_words, metavar="DEVICE[,…]", help="that may run blocks (default: all)")
+    mixed.add_argument("--seed", type=int, default=0, help="default: 0")
+    add_objective(mixed, "what is best on the target (default: tokens_per_joule)")
     npu = parser.add_argument_group(
         "NPU", "Submodels compiled ahead of time, which needs no NPU; see edgert doctor for the compiler."
     )
@@ -72,6 +88,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.max_ppl_increase is not None and options.weights is not None:
+        raise UsageError(f"--max-ppl-increase chooses precisions, --weights {options.weights} gives one: leave one out")
     from edgert.converters import compile  # brings torch and nncf
     from edgert.converters.npu import DEFAULT_SHAPES
     from edgert.shapes import StaticShapes
@@ -82,19 +100,25 @@ def run(options: argparse.Namespace) -> int:
             options.npu_chunks or DEFAULT_SHAPES.chunks, options.npu_buckets or DEFAULT_SHAPES.buckets
         )
     out = console()
-    stage_name = TextColumn("{task.description}", markup=False)
-    with Progress(SpinnerColumn(), stage_name, TimeElapsedColumn(), console=out) as bars:
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), TextColumn("{task.fields[share]}"),
+        TimeElapsedColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=out) as bars:
         current: list[Any] = []
 
         def progress(stage: str) -> None:
             if current:
-                bars.update(current[-1], total=1, completed=1)
-            current.append(bars.add_task(stage, total=None))
+                bars.update(current[-1], total=1, completed=1, share="")
+            current.append(bars.add_task(stage, total=None, share=""))
+
+        def advance(done: float) -> None:
+            bars.update(current[-1], share=f"{done:.0%}")
 
         bundle = compile(
             options.src,
             options.output,
-            weights=options.weights,
+            weights=options.weights or "int4",
             group_size=options.group_size,
             sym=options.sym,
             awq=options.awq,
@@ -107,9 +131,16 @@ def run(options: argparse.Namespace) -> int:
             npu_shapes=shapes,
             npu_split=options.npu_split,
             kernels=options.kernels,
+            max_ppl_increase=options.max_ppl_increase,
+            calibration=options.calibration,
+            target=options.target,
+            target_devices=options.target_devices,
+            objective=options.objective,
+            seed=options.seed,
             progress=progress,
+            advance=advance,
         )
-        bars.update(current[-1], total=1, completed=1)
+        bars.update(current[-1], total=1, completed=1, share="")
     print_report(out, bundle)
     out.print(f"wrote {bundle.path}", soft_wrap=True)
     return 0

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from edgert.bundle import Bundle
 from edgert.cli.compile import print_report
-from edgert.cli.options import Subparsers, console, print_json, size
+from edgert.cli.options import Subparsers, console, print_json
 from edgert.npu.blobs import Blob, BlobStore
+from edgert.page import size
+from edgert.quality_page import QUALITY_PAGE, summary_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +48,8 @@ def run(options: argparse.Namespace) -> int:
         )
     out.print(table)
     print_report(out, bundle)
+    if bundle.report.quality is not None:
+        _print_quality(out, bundle, bundle.report.quality)
     if blobs:
         _print_blobs(out, bundle, blobs)
     files = Table("file", "size", "sha256", title="files (hashes verified)" if options.verify else "files")
@@ -53,6 +57,15 @@ def run(options: argparse.Namespace) -> int:
         files.add_row(name, size(entry["bytes"]), entry["sha256"][:12])
     out.print(files)
     return 0
+
+
+def _print_quality(out: Console, bundle: Bundle, quality: Mapping[str, Any]) -> None:
+    table = Table("what", "value", title="quality")
+    for name, value in summary_lines(quality):
+        table.add_row(name, value)
+    out.print(table)
+    if QUALITY_PAGE in bundle.files:
+        out.print(f"{bundle.path / QUALITY_PAGE} has every layer, the front, and how it was measured", soft_wrap=True)
 
 
 def _print_blobs(out: Console, bundle: Bundle, blobs: Sequence[Blob]) -> None:

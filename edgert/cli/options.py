@@ -1,9 +1,10 @@
-"""Options that several verbs share, and how sizes are written for people."""
+"""Options that several verbs share."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +33,22 @@ def add_placement(parser: argparse.ArgumentParser) -> Group:
     return group
 
 
-def add_objective(group: Group) -> None:
-    """`--objective`, for verbs that run a plan."""
-    group.add_argument(
-        "--objective",
-        choices=("tokens_per_joule", "latency", "throughput"),
-        help="the best plan for it by what `edgert profile` measured here",
-    )
+def add_objective(group: Group, help: str = "the best plan for it by what `edgert profile` measured here") -> None:
+    """`--objective`, by default for verbs that run a plan."""
+    group.add_argument("--objective", choices=("tokens_per_joule", "latency", "throughput"), help=help)
+
+
+def share(text: str) -> float:
+    """`1%` or `0.01`, for argparse."""
+    return positive(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+
+
+def positive(text: str) -> float:
+    """A number from 0, for argparse."""
+    value = float(text)  # argparse makes a ValueError its own message
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0")
+    return value
 
 
 def placement(options: argparse.Namespace) -> dict[str, Any]:
@@ -68,16 +78,6 @@ def watts(given: Sequence[str]) -> dict[str, float]:
             raise UsageError(f"--watts {text}: expected NAME=WATTS with watts above 0")
         found[name] = value
     return found
-
-
-def size(count: int) -> str:
-    """Bytes for people, e.g. `3.4 MB` (decimal)."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def console(*, stderr: bool = False) -> Console:

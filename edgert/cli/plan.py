@@ -20,13 +20,14 @@ from edgert.backends import require
 from edgert.bundle import Bundle
 from edgert.cli import report
 from edgert.cli.model import PlannedModel, find_model
-from edgert.cli.options import Subparsers, add_placement, console, find_profile, print_json, size
+from edgert.cli.options import Subparsers, add_placement, console, find_profile, print_json
 from edgert.cli.picture import config_columns, plan_svg, rows
 from edgert.cli.report import FIGURES, Line, Study, figures
 from edgert.cost import Costs, Workload
 from edgert.device import DeviceConfig, DeviceKind
 from edgert.errors import BundleError, EdgertError, PlanError, UsageError, cause
 from edgert.graph import BlockGraph
+from edgert.page import size
 from edgert.placement import HOST, Plan
 from edgert.profile import Profile
 from edgert.scheduler import OBJECTIVES, Constraints, schedule, sensitivity

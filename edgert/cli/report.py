@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
+from edgert import charts
+from edgert.charts import Point
 from edgert.cli import picture
-from edgert.cli.options import size
-from edgert.cli.picture import Point, config_columns, plan_svg, rows
+from edgert.cli.picture import config_columns, plan_svg, rows
 from edgert.graph import Block, BlockGraph
+from edgert.page import duration, page, size, table
 from edgert.placement import Plan
 from edgert.prediction import Prediction
 from edgert.profile import PROVENANCES, Profile
@@ -25,12 +27,6 @@ _AIMS = {
     "tokens_per_joule": "most tokens a joule", "latency": "least time in all", "throughput": "fastest after the prompt",
 }  # fmt: skip
 _MOST_BARS = 16
-_PAGE = (
-    ":root{color-scheme:light dark}body{font-family:system-ui,sans-serif;margin:2em auto;max-width:64em;padding:0 1em}"
-    "table{border-collapse:collapse;display:block;overflow-x:auto}svg{max-width:100%;height:auto}"
-    "td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #8884}.n{text-align:right}"
-    "tr.chosen{font-weight:600}tr.out{opacity:.6}"
-)
 
 
 @dataclass(frozen=True)
@@ -117,14 +113,6 @@ class Study:
 
 def _place(plan: Plan) -> object:
     return plan.placements, plan.decode
-
-
-def duration(us: float) -> str:
-    """Microseconds for people, e.g. `1.24 s`."""
-    for unit, each in (("s", 1e6), ("ms", 1e3)):
-        if us >= each:
-            return f"{us / each:.3g} {unit}" if us < 1000 * each else f"{us / each:.0f} {unit}"
-    return f"{us:.3g} µs"
 
 
 def amount(schedule: Schedule, value: float) -> str:
@@ -229,14 +217,14 @@ def changes(study: Study) -> list[tuple[str, ...]]:
 
 def plan_html(name: str, graph: BlockGraph, plan: Plan) -> str:
     """A page of its own with the picture and the table; it loads nothing from elsewhere."""
-    return _page(name, [plan_svg(name, graph, plan), _block_table(graph, plan, each=True)])
+    return page(f"{name}: plan", [plan_svg(name, graph, plan), _block_table(graph, plan, each=True)])
 
 
 def study_html(study: Study) -> str:
     """A page with the blocks, the Pareto front, where the energy goes, the baselines, and what they rest on."""
     lines, library = study.lines, study.library
     plans = [line.plan for line in (*lines, *library) if line.plan is not None]
-    colours = picture.palette([str(config) for plan in plans for config in plan.configs])
+    colours = charts.palette([str(config) for plan in plans for config in plan.configs])
     remarks = [*study.notes, *study.plan.warnings, basis(study.profile, study.prediction), proof(study.schedule)]
     each = len(study.graph.blocks) <= picture.EACH
     sections = {
@@ -248,16 +236,16 @@ def study_html(study: Study) -> str:
         "Where the energy goes": [_energy(lines, colours)],
         "Baselines": [_plans(lines)],
         "Library": ["<p>Plans to switch between at run time.</p>", _plans(library)],
-        "Sensitivity": [_tornado(study), _table(changes(study), numbers=(1, 2, 3))],
+        "Sensitivity": [_tornado(study), table(changes(study), numbers=(1, 2, 3))],
         "Runners-up": [f"<p>Where a block{whose(study)} would run if not where it does, and what that costs.</p>",
-                       _table(runner_ups(study, each=each), numbers=(3, 6))],
+                       table(runner_ups(study, each=each), numbers=(3, 6))],
         "What the numbers rest on": [_sources(study)],
     }  # fmt: skip
-    return _page(
-        study.name,
+    return page(
+        f"{study.name}: plan",
         [
             f"<h1>{escape(study.name)}</h1><p>{escape(study.title)}</p>",
-            _table([FIGURES, figures(study.prediction)]),
+            table([FIGURES, figures(study.prediction)]),
             *(f"<p>{escape(remark)}</p>" for remark in remarks),
             *(f"<h2>{title}</h2>{''.join(parts)}" for title, parts in sections.items() if all(parts)),
         ],
@@ -276,7 +264,7 @@ def _front(lines: Sequence[Line], library: Sequence[Line], colours: Mapping[str,
         colour = colours[blocks.most_common(1)[0][0]]
         points.append(Point(line.name, x / 1e6, y / 1e6, colour, labelled, out=bool(line.broken)))
     titles = ("seconds in all", "joules in all") if energy else ("seconds of prefill", "seconds of decode")
-    return picture.points_svg(points, *titles)
+    return charts.points_svg(points, *titles)
 
 
 def _energy(lines: Sequence[Line], colours: Mapping[str, str]) -> str:
@@ -289,7 +277,7 @@ def _energy(lines: Sequence[Line], colours: Mapping[str, str]) -> str:
     bars = dict(list(bars.items())[:_MOST_BARS])
     used = dict.fromkeys(part for parts in bars.values() for part in parts)
     fixed = {"waiting": "#CCCCCC", "base": "#777777"}
-    return picture.bars_svg(bars, {part: fixed.get(part) or colours[part] for part in used}, "J") if bars else ""
+    return charts.bars_svg(bars, {part: fixed.get(part) or colours[part] for part in used}, "J") if bars else ""
 
 
 def _tornado(study: Study) -> str:
@@ -300,7 +288,7 @@ def _tornado(study: Study) -> str:
         pairs.setdefault(row.what, [None, None])[row.factor > 1] = now / study.schedule.value - 1
     ordered = sorted(pairs.items(), key=lambda item: -max(abs(change or 0.0) for change in item[1]))
     colours, labels = ("#56B4E9", "#D55E00"), ("a fifth less", "a fifth more")
-    return picture.tornado_svg(dict(ordered), colours, labels)
+    return charts.tornado_svg(dict(ordered), colours, labels)
 
 
 def _plans(lines: Sequence[Line]) -> str:
@@ -309,7 +297,7 @@ def _plans(lines: Sequence[Line]) -> str:
         for line in lines
     ]
     kinds = ["chosen" if line.chosen else "out" if line.broken else "" for line in lines]
-    return _table([("plan", "runs on", *FIGURES, ""), *body], numbers=range(2, 2 + len(FIGURES)), kinds=kinds)
+    return table([("plan", "runs on", *FIGURES, ""), *body], numbers=range(2, 2 + len(FIGURES)), kinds=kinds)
 
 
 def where(plan: Plan | None) -> str:
@@ -327,7 +315,7 @@ def _block_table(graph: BlockGraph, plan: Plan, *, each: bool) -> str:
          size(row.blocks[0].kv_bytes_per_token), *row.configs)
         for row in rows(graph, plan, each=each)
     ]  # fmt: skip
-    return _table([head, *body])
+    return table([head, *body])
 
 
 def _sources(study: Study) -> str:
@@ -339,22 +327,4 @@ def _sources(study: Study) -> str:
         body.append((config, counted, model.provenance, model.source))
     base = study.profile.base_w
     body.append(("base", "" if base is None else f"{base:g} W", study.profile.base_provenance, study.profile.source))
-    return _table([("configuration", "entries of the plan", "its rates", "source"), *body])
-
-
-def _table(cells: Sequence[Sequence[str]], *, numbers: Collection[int] = (), kinds: Sequence[str] = ()) -> str:
-    """An HTML table; its first row is the heading. Columns in `numbers` are set to the right."""
-    shown = []
-    for i, row in enumerate(cells):
-        tag, kind = ("td", kinds[i - 1] if kinds else "") if i else ("th", "")
-        start = f'<tr class="{kind}">' if kind else "<tr>"
-        marks = (f"<{tag}{' class=n' if j in numbers else ''}>{escape(cell)}" for j, cell in enumerate(row))
-        shown.append(start + "".join(marks))
-    return "<table>" + "\n".join(shown) + "</table>\n"
-
-
-def _page(name: str, body: Iterable[str]) -> str:
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)}: plan</title>\n'
-        f"<style>{_PAGE}{picture.STYLE}</style></head><body>\n" + "\n".join(body) + "</body></html>\n"
-    )
+    return table([("configuration", "entries of the plan", "its rates", "source"), *body])

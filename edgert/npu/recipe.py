@@ -8,7 +8,7 @@ are not read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import openvino as ov
@@ -63,7 +63,7 @@ def check(
     model: ov.Model,
     graph: BlockGraph,
     *,
-    blocks: range | None = None,
+    blocks: Collection[int] | None = None,
     prompt_tokens: int | None = None,
     limit: int | None = None,
 ) -> list[Finding]:
