@@ -6,6 +6,7 @@
 #   make bench        benchmarks/run.py
 #   make bench-peers  benchmarks/peers.py: edgert beside other runtimes, which get an environment of their own
 #   make bench-quality  benchmarks/quality.py: what compressing costs, beside others; ARGS="--shared FOLDER"
+#   make bench-mixed  benchmarks/mixed_speed.py: how fast a mix of precisions decodes, beside f16, INT8 and INT4
 #   make lint         ruff and mypy
 #   make clean        remove build/ and caches; .venv stays
 
@@ -18,7 +19,7 @@ TORCH := torch==2.13.0
 PEERS := build/peers
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test test-sanitized bench bench-peers bench-quality lint clean
+.PHONY: setup demo test test-sanitized bench bench-peers bench-quality bench-mixed lint clean
 
 setup: $(STAMP)
 
@@ -70,6 +71,9 @@ bench-peers: $(STAMP) $(PEERS)/.complete
 
 bench-quality: $(STAMP) $(PEERS)/.complete
 	$(BIN)/python benchmarks/quality.py $(ARGS)
+
+bench-mixed: $(STAMP)
+	$(BIN)/python benchmarks/mixed_speed.py $(ARGS)
 
 # Builds llama.cpp twice: half an hour on two cores.
 $(PEERS)/.complete: benchmarks/peers-requirements.txt benchmarks/runtimes/install.py

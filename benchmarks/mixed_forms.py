@@ -118,9 +118,8 @@ def transfer(donor: Donor, slots: Sequence[Slot]) -> dict[str, Format]:
         def distance(other: tuple[Slot, _Spot, Format], slot: Slot = slot, spot: _Spot = spot) -> tuple[float, ...]:
             theirs, where, _ = other
             roles = len({*slot.role.split("+")} ^ {*theirs.role.split("+")})
-            # Of a head and a table that one matrix stands for, the head is the more sensitive one.
-            exact = "head" not in theirs.role
-            return roles, exact, where.kind != spot.kind, abs(where.place - spot.place), abs(where.depth - spot.depth)
+            no_head = "head" not in theirs.role  # what is both table and head is used more as a head
+            return roles, no_head, where.kind != spot.kind, abs(where.place - spot.place), abs(where.depth - spot.depth)
 
         found[slot.name] = fitting(min(there, key=distance)[2], slot.shape)
     return found
@@ -150,17 +149,21 @@ class _Spot:
 
 def _spots(slots: Sequence[Slot]) -> list[_Spot]:
     """Where matrices lie: kind of block, place among its matrices, and depth."""
-    blocks = [slot.name.partition("/")[0].partition(".") for slot in slots]
-    numbers = [int(number or 0) for _, _, number in blocks]
+    blocks, operations = [], []
     deepest: dict[str, int] = {}
-    for (kind, _, _), number in zip(blocks, numbers, strict=True):
-        deepest[kind] = max(deepest.get(kind, 1), number)
-    before: Counter[tuple[str, int]] = Counter()
-    found = []
-    for (kind, _, _), number in zip(blocks, numbers, strict=True):
-        found.append(_Spot(kind, before[kind, number], number / deepest[kind]))
-        before[kind, number] += 1
-    return found
+    for slot in slots:
+        block, _, operation = slot.name.partition("/")
+        kind, _, number = block.partition(".")
+        blocks.append((kind, int(number or 0)))
+        operations.append(int("0" + operation[len(operation.rstrip("0123456789")) :]))
+        deepest[kind] = max(deepest.get(kind, 1), blocks[-1][1])
+    # Operations are numbered as the source's code comes to them; those that may run in any order, such as queries, keys
+    # and values, are not always met in the same one.
+    places, before = dict[int, int](), Counter[tuple[str, int]]()
+    for index in sorted(range(len(slots)), key=operations.__getitem__):
+        places[index] = before[blocks[index]]
+        before[blocks[index]] += 1
+    return [_Spot(kind, places[index], number / deepest[kind]) for index, (kind, number) in enumerate(blocks)]
 
 
 class Forms:
@@ -205,17 +208,17 @@ class Forms:
     def mixed(self, donor: Donor) -> Form:
         base, key = self.f16().path, f"mix-{donor.name}"
         mix = [[slot.name, slot.role, kind.name] for slot, kind in zip(donor.slots, donor.formats, strict=True)]
+        basis = [Bundle.open(base).fingerprint, mix, sha256(Path(__file__))]
 
         def change(model: ov.Model, scratch: Path) -> ov.Model:
             return _mix(model, donor, scratch, self._progress)
 
-        path = self._once(key, [Bundle.open(base).fingerprint, mix], lambda out: _derive(base, out, "mixed", change))
+        path = self._once(key, basis, lambda out: _derive(base, out, "mixed", change))
         return replace(_form(key, path), donor=donor)
 
     def _once(self, key: str, basis: list[Any], make: Callable[[Path], None]) -> Path:
         """The bundle of a form. Its name has a hash of what it depends on; what was made of something else goes."""
-        code = sha256(Path(__file__))
-        digest = hashlib.sha256(json.dumps([basis, self._tools, native.status().loads, code]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([basis, self._tools, native.status().loads]).encode()).hexdigest()
         path = self._folder / f"{key}.{digest[:12]}.edge"
         if not (path / MANIFEST).is_file():
             for old in self._folder.glob(f"{key}.*.edge"):

@@ -366,9 +366,13 @@ def shipped() -> Mapping[str, Profile]:
 
 
 def find(name: str) -> Profile:
-    """A profile by the name of one that comes with edgert, or by the path of a file; raises `DeviceError`."""
-    if name in shipped():
-        return shipped()[name]
+    """A profile by the name of one that comes with edgert, or by the path of a file; raises `DeviceError`.
+
+    `lunar-lake` and `Lunar Lake` are `lunarlake`.
+    """
+    plain = re.sub(r"[-_ ]", "", name.lower())
+    if plain in shipped():
+        return shipped()[plain]
     path = Path(name)
     if path.suffix == ".json" or path.exists():
         return Profile.read(path)

@@ -24,7 +24,7 @@ from edgert.quality_charts import (
     proxy_svg,
 )
 
-QUALITY_PAGE = "quality.html"  # in a bundle
+QUALITY, QUALITY_PAGE = "quality.json", "quality.html"  # in a bundle
 _AIMS = {"tokens_per_joule": "energy", "latency": "time in all", "throughput": "time of the decode"}
 _PROTOCOL = {
     "text": "text", "sha256": "SHA-256 of its tokens", "generated": "written by the model", "seed": "seed",

@@ -11,11 +11,11 @@ import edgert
 from edgert import native
 from edgert.bundle import Bundle
 from edgert.device import DeviceConfig
-from edgert.executor import Executor
+from edgert.likelihood import Losses
 from edgert.placement import Plan
+from edgert.scorers import bundle_scorer
 
 ROOT = Path(__file__).parents[1]
-CHUNK = 200  # tokens at once: later ones read from the cache what earlier ones wrote
 
 pytestmark = pytest.mark.skipif(not native.status().loads, reason="the native kernels do not load here")
 
@@ -29,16 +29,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def perplexity(bundle: Bundle, tokens: list[int], config: str) -> float:
+    """Of the tokens but the first; later ones read from the cache what earlier ones wrote."""
     assert bundle.graph is not None
-    run = Executor(bundle, Plan.single(bundle.graph, DeviceConfig.parse(config))).open()
-    losses = []
-    for first in range(0, len(tokens) - 1, CHUNK):
-        part, following = tokens[first : first + CHUNK], tokens[first + 1 : first + CHUNK + 1]
-        logits = run.forward(part, keep=len(part))[: len(following)].astype(np.float64)
-        highest = logits.max(axis=-1)
-        total = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=-1))
-        losses.append(total - logits[np.arange(len(following)), following])
-    return float(np.exp(np.concatenate(losses).mean()))
+    scorer, losses = bundle_scorer(bundle, Plan.single(bundle.graph, DeviceConfig.parse(config))), Losses()
+    losses.add(scorer.logits(tokens)[:-1], np.array(tokens[1:]))
+    return losses.perplexity
 
 
 @pytest.mark.parametrize("config", ["CPU@kernels", "CPU@kernels+f16"])

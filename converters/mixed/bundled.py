@@ -17,9 +17,7 @@ from edgert.cost import Workload
 from edgert.device import DeviceKind
 from edgert.errors import QualityError
 from edgert.placement import HOST, Plan
-from edgert.quality_page import QUALITY_PAGE, quality_html
-
-RECORD = "quality.json"
+from edgert.quality_page import QUALITY, QUALITY_PAGE, quality_html
 
 
 class BundledMix:
@@ -73,7 +71,7 @@ class BundledMix:
                 value=mixed.worst,
                 limit=options.max_increase,
             )
-        (draft.path / RECORD).write_text(json.dumps(self.record, indent=1) + "\n", "utf-8")
+        (draft.path / QUALITY).write_text(json.dumps(self.record, indent=1) + "\n", "utf-8")
         (draft.path / QUALITY_PAGE).write_text(quality_html(self.record), "utf-8")
         return mixed.model
 

@@ -36,6 +36,8 @@ from edgert.text import Tokenizer
 DEFAULT = DeviceConfig.parse("CPU")
 KERNELS = (DeviceConfig("CPU", "kernels"), DeviceConfig("CPU", "kernels+f16"))
 _KV_BYTES = {"kernels": 1, "kernels+f16": 2}  # of an element
+# Of matrices in f32, where a model is smaller: with fewer bytes than a whole mix has, none is found again.
+_KEPT_BYTES = 2**28
 _ROUNDS = 3  # of choosing again with what configurations take of the budget
 
 
@@ -128,7 +130,7 @@ class Mixing:
         submodels = [from_empty(submodel) for submodel in cut(model, graph, ranges)]
         matrices = find_matrices(graph, submodels)
         as_f16 = sum(2 * matrix.elements for matrix in matrices)
-        variants = Variants(self._journal.folder / "variants", submodels, matrices, kept_bytes=as_f16)
+        variants = Variants(self._journal.folder / "variants", submodels, matrices, kept_bytes=max(as_f16, _KEPT_BYTES))
         measurements = Measurements(Chain(submodels, matrices), variants, self._texts, self._journal)
         budget = self._options.max_increase
         search = Search(

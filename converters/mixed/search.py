@@ -7,7 +7,7 @@ they tell how far predictions can be trusted. Then proposals go as far as the me
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from math import log1p
 from typing import Any
@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import openvino as ov
 from edgert.converters.mixed.matrices import Matrix
-from edgert.converters.mixed.measure import F16, Chosen, Measurements, Quality, Sensitivity, rank_correlation
+from edgert.converters.mixed.measure import F16, Chosen, Measurements, Quality, rank_correlation
 
 from edgert.cost import Workload
 from edgert.device import DeviceConfig, DeviceKind
 from edgert.graph import BlockGraph
 from edgert.precision import Layer, Mix, Option, Problem, Solution, fill, front, random_mixes
-from edgert.precision.formats import FORMATS
+from edgert.precision.formats import FORMATS, Format
 from edgert.precision.layers import bits_per_weight, recipe_only
 from edgert.profile import Profile
 from edgert.scheduler import Objective
@@ -100,7 +100,10 @@ class Search:
         self._stage("measure what compressing each matrix costs")
         npu = self.target is not None and self.target.npu
         self.sensitivities = self._measurements.sensitivities(self._advance, npu=npu)
-        layers = tuple(map(self._layer, self._measurements.chain.matrices))
+        self._matrices = {
+            "+".join(m.name for m in group): group for group in _joined(self._measurements.chain.matrices)
+        }
+        layers = tuple(self._layer(name, group) for name, group in self._matrices.items())
         target = self.target
         self.problem = Problem(layers, self.graph) if target is None else Problem(
             layers, self.graph, target.profile, target.objective, load=target.load, configs=target.configs
@@ -117,7 +120,7 @@ class Search:
             self._advance((number + 1) / len(mixes))
         predicted, measured, divergences = zip(*rows, strict=True) if rows else ((), (), ())
         # Of all mixes together, as the small ones are mostly noise.
-        self._slope = max(sum(measured) / sum(predicted), 0.1) if rows else 1.0
+        self._slope = max(sum(measured) / max(sum(predicted), 1e-9), 0.1) if rows else 1.0
         self._proxy = {
             "mixes": len(rows), "slope": self._slope,
             "rank_correlation": rank_correlation(predicted, measured),
@@ -179,7 +182,9 @@ class Search:
                 "bits_per_weight": bits_per_weight(layers, mix),
                 "f16_bytes": sum(2 * layer.elements for layer in layers),
             },
-            "layers": [self._layer_row(layer, mix, self.sensitivities[layer.name]) for layer in layers],
+            "layers": [
+                self._matrix_row(matrix, mix[name]) for name, group in self._matrices.items() for matrix in group
+            ],
             "measured": list(self._rows.values()),
             "front": [{"predicted": s.loss, "bytes": s.bytes, "value": s.value} for s in front(self.problem)],
             "unit": solution.unit,
@@ -190,16 +195,16 @@ class Search:
             },
         }  # fmt: skip
 
-    def _layer_row(self, layer: Layer, mix: Mix, measured: Sensitivity) -> dict[str, Any]:
-        kind = mix[layer.name]
+    def _matrix_row(self, matrix: Matrix, kind: Format) -> dict[str, Any]:
+        measured = self.sensitivities[matrix.name]
         return {
-            "name": layer.name, "role": layer.role, "blocks": list(layer.blocks), "shape": list(layer.shape),
-            "format": kind.name, "method": measured.methods.get(kind.name), "bytes": kind.total_bytes(layer.shape),
-            "loss": layer.formats[kind].loss, "anchor": measured.anchor, "measured": measured.kl,
+            "name": matrix.name, "role": matrix.role, "blocks": list(matrix.blocks), "shape": list(matrix.shape),
+            "format": kind.name, "method": measured.methods.get(kind.name), "bytes": kind.total_bytes(matrix.shape),
+            "loss": measured.predicted(kind), "anchor": measured.anchor, "measured": measured.kl,
             "measured_loss": measured.loss, "metrics": measured.metrics,
             "options": [
-                {"format": o.format.name, "loss": o.loss, "bytes": o.format.total_bytes(layer.shape)}
-                for o in layer.options
+                {"format": one.name, "loss": measured.predicted(one), "bytes": one.total_bytes(matrix.shape)}
+                for one in self._formats(matrix)
             ],
         }  # fmt: skip
 
@@ -225,7 +230,7 @@ class Search:
                 if solution.value <= best.solution.value:
                     best = proposal
             else:
-                high = wanted
+                high = wanted = solution.loss  # from here to what was wanted it is the same mix
             if limit * (1 - _NEAR) <= bound <= limit or high <= low * (1 + _NEAR):
                 break
             if high == np.inf and all(solution.mix[la.name] == _smallest(la) for la in problem.layers):
@@ -245,17 +250,37 @@ class Search:
         size = sum(mix[layer.name].total_bytes(layer.shape) for layer in self.problem.layers)
         self._rows[name] = {"name": name, "predicted": predicted, **asdict(quality), "bytes": size, "value": None}
 
-    def _layer(self, matrix: Matrix) -> Layer:
-        measured = self.sensitivities[matrix.name]
-        formats = [kind for kind in FORMATS if kind == F16 or kind.name in measured.errors]
-        options = sorted((Option(kind, measured.predicted(kind)) for kind in formats), key=lambda o: o.loss)
-        return Layer(matrix.name, matrix.role, matrix.blocks, matrix.shape, tuple(options))
+    def _layer(self, name: str, matrices: Sequence[Matrix]) -> Layer:
+        first = matrices[0]
+        shape = (sum(matrix.shape[0] for matrix in matrices), *first.shape[1:])
+        formats = [kind for kind in self._formats(first) if all(kind in self._formats(m) for m in matrices)]
+        options = [Option(kind, sum(self.sensitivities[m.name].predicted(kind) for m in matrices)) for kind in formats]
+        return Layer(name, first.role, first.blocks, shape, tuple(sorted(options, key=lambda o: o.loss)))
+
+    def _formats(self, matrix: Matrix) -> list[Format]:
+        return [kind for kind in FORMATS if kind == F16 or kind.name in self.sensitivities[matrix.name].errors]
 
     def _predicted(self, mix: Mix) -> float:
-        return sum(self.sensitivities[name].predicted(kind) for name, kind in mix.items())
+        return sum(
+            self.sensitivities[m.name].predicted(kind) for name, kind in mix.items() for m in self._matrices[name]
+        )
 
     def _chosen(self, mix: Mix) -> Chosen:
-        return {name: (kind, self.sensitivities[name].methods[kind.name]) for name, kind in mix.items() if kind != F16}
+        return {
+            matrix.name: (kind, self.sensitivities[matrix.name].methods[kind.name])
+            for name, kind in mix.items()
+            for matrix in self._matrices[name]
+            if kind != F16
+        }
+
+
+def _joined(matrices: Iterable[Matrix]) -> list[list[Matrix]]:
+    """Matrices that are multiplied with the same tensor, together: kernels join them if they have the same format."""
+    found: dict[tuple[str, tuple[int, ...]], list[Matrix]] = {}
+    for matrix in matrices:
+        alone = matrix.reads is None or len(matrix.shape) != 2
+        found.setdefault((matrix.name if alone else str(matrix.reads), matrix.shape[1:]), []).append(matrix)
+    return list(found.values())
 
 
 def _smallest(layer: Layer) -> Any:

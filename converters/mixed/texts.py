@@ -61,12 +61,12 @@ def read_texts(path: Path, tokenizer: Tokenizer, vocab_size: int, context: int, 
     for document in read_documents(path):
         ids, _ = tokenizer.encode_with_ends(document.text)
         tokens.append([one for one in ids if one < vocab_size])
-    count = sum(map(len, tokens))
-    if count < LEAST_TOKENS:
-        raise UsageError(f"calibration {path}: has {count} tokens, at least {LEAST_TOKENS} needed")
     bos, window = tokenizer.prefix(), min(WINDOW, context)
-    cut = windows(tokens, window=window, stride=window - 1, bos=bos)
-    return _split(path.name, [part for part in cut if len(part.tokens) > 1], bos, window, seed, generated=False)
+    cut = [part for part in windows(tokens, window=window, stride=window - 1, bos=bos) if len(part.tokens) > 1]
+    count = sum(len(part.targets) for part in cut)
+    if count < LEAST_TOKENS:
+        raise UsageError(f"calibration {path}: has {count} tokens to predict, at least {LEAST_TOKENS} needed")
+    return _split(path.name, cut, bos, window, seed, generated=False)
 
 
 def write_texts(

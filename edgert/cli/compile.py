@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from edgert.bundle import Bundle
 from edgert.cli.options import Subparsers, add_objective, console, share
 from edgert.errors import UsageError
 from edgert.page import size
+from edgert.quality_page import QUALITY, QUALITY_PAGE, quality_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -142,6 +144,8 @@ def run(options: argparse.Namespace) -> int:
         )
         bars.update(current[-1], total=1, completed=1, share="")
     print_report(out, bundle)
+    if bundle.report.quality is not None:
+        _print_quality(out, bundle)
     out.print(f"wrote {bundle.path}", soft_wrap=True)
     return 0
 
@@ -154,11 +158,23 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in _words(text))
 
 
+def _print_quality(out: Console, bundle: Bundle) -> None:
+    """What the precisions cost, and what they were chosen from."""
+    record = json.loads((bundle.path / QUALITY).read_text("utf-8"))
+    table = Table("quality", Column("", overflow="fold"))
+    for name, value in quality_lines(record):
+        table.add_row(name, value)
+    out.print(table)
+    out.print(f"every layer, the front and the protocol: {bundle.path / QUALITY_PAGE}", soft_wrap=True)
+
+
 def print_report(out: Console, bundle: Bundle) -> None:
     """What became which precision, and which checks were passed."""
     table = Table("role", "precision", "tensors", "weights", "size", title="precision")
     for row in bundle.report.precisions:
-        cells = (row["role"], row["precision"], row["tensors"], row["elements"], size(row["bytes"]))
+        group = row.get("group_size")
+        scales = "" if group is None else " per channel" if group == -1 else f" groups of {group}"
+        cells = (row["role"], row["precision"] + scales, row["tensors"], row["elements"], size(row["bytes"]))
         table.add_row(*map(str, cells))
     out.print(table)
     for check in bundle.report.checks:
