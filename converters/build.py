@@ -19,7 +19,7 @@ from edgert.converters.canonical import DECODER_OUTPUT, canonical_decoder, canon
 from edgert.converters.compress import Weights, compress, precision_table, read_samples, to_fp16
 from edgert.converters.kernels import add_kernels
 from edgert.converters.mixed.bundled import BundledMix
-from edgert.converters.mixed.mixing import MixedOptions
+from edgert.converters.mixed.mixing import MixedOptions, save_f16
 from edgert.converters.npu import NpuOptions, add_blobs, require_compiler
 from edgert.converters.sources import (
     Source,
@@ -137,7 +137,10 @@ def _build_openvino(
     parameters = sum(row["elements"] for row in precision_table(model))
     described = describe(source, config, options, task, "openvino", vocab_size, tokenizer, draft, weights, parameters)
     if mix is not None:
-        model = mix.compress(model, draft, described, progress, advance)
+        path = save_f16(model, draft.path / "f16")
+        del model  # the search reads the file, a block at a time
+        gc.collect()
+        model = mix.compress(path, draft, described, progress, advance)
     elif not compressed and options.weights != "fp16":
         progress(f"compress to {weights}")
         chosen = samples(options, tokenizer, vocab_size) if options.dataset else None

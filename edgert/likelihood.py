@@ -6,9 +6,10 @@ window that holds it, so that all but a document's first tokens see at least `wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,7 +138,7 @@ class Losses:
         self,
         logits: NDArray[np.floating],
         targets: NDArray[np.int64],
-        reference: NDArray[np.floating] | Sequence[Prediction] | None = None,
+        reference: NDArray[np.floating] | Iterable[Prediction] | None = None,
     ) -> None:
         """Take in a window.
 
@@ -147,13 +148,13 @@ class Losses:
         """
         others = parts(reference) if isinstance(reference, np.ndarray) else reference
         loss, kl, agrees, start = [], [], [], 0
-        for number, own in enumerate(parts(logits)):
+        for own, other in zip(parts(logits), repeat(None) if others is None else others, strict=others is not None):
             right = targets[start : start + len(own.logits)]
             start += len(right)
             loss.append(own.losses(right))
-            if others is not None:
-                kl.append(others[number].divergence(own))
-                agrees.append(own.likeliest == others[number].likeliest)
+            if other is not None:
+                kl.append(other.divergence(own))
+                agrees.append(own.likeliest == other.likeliest)
         self.loss.append(np.concatenate(loss))
         if others is not None:
             self.kl.append(np.concatenate(kl))
@@ -183,10 +184,10 @@ class Losses:
         return float(sum(part.sum() for part in self.agrees) / self.tokens)
 
 
-def parts(logits: NDArray[np.floating]) -> list[Prediction]:
+def parts(logits: NDArray[np.floating]) -> Iterator[Prediction]:
     """A window's logits in a few rows at a time, as what is computed of them takes as much memory again."""
     step = max(1, _AT_ONCE // logits.shape[-1])
-    return [Prediction(logits[start : start + step]) for start in range(0, len(logits), step)]
+    return (Prediction(logits[start : start + step]) for start in range(0, len(logits), step))
 
 
 def increase(losses: Losses, reference: Losses) -> tuple[float, float]:

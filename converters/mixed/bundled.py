@@ -40,13 +40,16 @@ class BundledMix:
 
     def compress(
         self,
-        model: ov.Model,
+        path: Path,
         draft: Draft,
         facts: ModelFacts,
         stage: Callable[[str], None],
         advance: Callable[[float], None],
     ) -> ov.Model:
-        """Give an f16 model its mix, and the draft its quality.json and quality.html.
+        """An f16 model with its mix; the draft gets its quality.json and quality.html.
+
+        Args:
+            path: as `Mixing` takes it.
 
         Raises:
             QualityError: the budget is not kept, and `force` is not set.
@@ -57,7 +60,7 @@ class BundledMix:
             options = replace(options, target=replace(options.target, load=Workload.fitting(facts.context_length)))
         tokenizer = draft.path / "tokenizer"
         mixing = Mixing(
-            model, self._folder, tokenizer, facts, options, kernels=self._kernels, stage=stage, advance=advance
+            path, self._folder, tokenizer, facts, options, kernels=self._kernels, stage=stage, advance=advance
         )
         self._after.push(lambda kind, error, trace: mixing.close() if kind else mixing.remove())
         mixed = mixing.run()

@@ -87,7 +87,8 @@ class Chain:
             for name, tensor in tensors.items():  # each time: between two windows others may have run the block
                 stage.request.set_tensor(name, tensor)
             # By position: the stream has the same name where it enters and where it leaves.
-            results = stage.request.infer({name: state[name] for name in stage.inputs}).to_tuple()
+            inputs = {name: state[name] for name in stage.inputs}
+            results = stage.request.infer(inputs, share_inputs=True, share_outputs=True).to_tuple()
             after = {name: value for name, value in state.items() if name in stage.kept}
             after |= {name: np.array(value) for name, value in zip(stage.outputs, results, strict=True)}
             yield after

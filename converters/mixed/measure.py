@@ -157,7 +157,7 @@ class Measurements:
             self._references[part] = states, losses
         return self._references[part]
 
-    def _exact_logits(self, part: str) -> Iterator[Sequence[Prediction]]:
+    def _exact_logits(self, part: str) -> Iterator[Iterable[Prediction]]:
         """The f16 model's predictions in each window; kept if they are small, or else computed again each time."""
         if part in self._kept:
             yield from self._kept[part]
@@ -167,10 +167,11 @@ class Measurements:
         states = self.chain.run(self.chain.blocks - 1, self.reference(part)[0], self.exact)
         for window, state in zip(windows, states, strict=True):
             logits = _scored(state, window)
-            predictions = parts(logits)
             if len(windows) * logits.nbytes <= _KEPT_BYTES:
-                found.append(predictions)
-            yield predictions
+                found.append(list(parts(logits)))
+                yield found[-1]
+            else:
+                yield parts(logits)
         if len(found) == len(windows):
             self._kept[part] = found
 

@@ -27,6 +27,7 @@ from edgert.bundle import Bundle, ModelFacts, Report, sha256
 from edgert.cost import Workload
 from edgert.cutting import cut
 from edgert.device import DeviceConfig, DeviceKind
+from edgert.errors import BundleError, cause
 from edgert.irgraph import make_names_unique
 from edgert.partition import annotate
 from edgert.placement import Plan
@@ -73,11 +74,26 @@ class Mixed:
     worst: float
 
 
+def save_f16(model: ov.Model, folder: Path) -> Path:
+    """Write a model to a new folder as the search wants it; the path of its .xml.
+
+    Raises:
+        BundleError: the disk did not take it.
+    """
+    make_names_unique(model)
+    folder.mkdir()
+    try:
+        ov.save_model(model, folder / "model.xml", compress_to_fp16=False)
+    except RuntimeError as error:
+        raise BundleError(f"{folder}: the f16 model cannot be written: {cause(error)}") from error
+    return folder / "model.xml"
+
+
 class Mixing:
     """A search for one model; what it measures is kept beside the bundle to be, where an interrupted one goes on.
 
     Args:
-        model: a canonical decoder, f16.
+        path: of a canonical decoder, f16, as `save_f16` wrote it; its folder is moved away.
         folder: where that is kept.
         tokenizer: a tokenizer folder.
         kernels: whether the bundle will hold weights for the CPU kernels.
@@ -89,7 +105,7 @@ class Mixing:
 
     def __init__(
         self,
-        model: ov.Model,
+        path: Path,
         folder: Path,
         tokenizer: Path,
         facts: ModelFacts,
@@ -102,21 +118,17 @@ class Mixing:
         self._facts, self._options, self._kernels, self._advance = facts, options, kernels, advance
         self._report, self._running, self._seconds = stage, ("", 0.0), dict[str, float]()
         self._core = ov.Core()
-        # Not in the journal's folder, which the journal empties if it is another model's.
-        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch:
-            path = Path(scratch) / "model.xml"
-            make_names_unique(model)
-            ov.save_model(model, path, compress_to_fp16=False)
-            texts = self._read(path, Tokenizer.open(tokenizer))
-            self._texts = texts
-            key = {
-                "model": sha256(path.with_suffix(".bin")), "text": texts.sha256, "seed": options.seed,
-                "edgert": edgert.__version__, **{name: version(name) for name in ("nncf", "openvino")},
-            }  # fmt: skip
-            self._journal = Journal(folder, key)
-            self._path = folder / "model.xml"
-            for suffix in (".bin", ".xml"):
-                path.with_suffix(suffix).replace(self._path.with_suffix(suffix))
+        self._texts = texts = self._read(path, Tokenizer.open(tokenizer))
+        key = {
+            "model": sha256(path.with_suffix(".bin")), "text": texts.sha256, "seed": options.seed,
+            "windows": [len(part) for part in (texts.calibration, texts.search, texts.verify)],
+            "edgert": edgert.__version__, **{name: version(name) for name in ("nncf", "openvino")},
+        }  # fmt: skip
+        self._journal = Journal(folder, key)
+        self._path = folder / path.name
+        for suffix in (".bin", ".xml"):
+            path.with_suffix(suffix).replace(self._path.with_suffix(suffix))
+        path.parent.rmdir()
 
     def run(self) -> Mixed:
         """Search, and measure the outcome on the configurations of this machine.
@@ -129,8 +141,8 @@ class Mixing:
         ranges = [(block.index, block.index) for block in graph.blocks]
         submodels = [from_empty(submodel) for submodel in cut(model, graph, ranges)]
         matrices = find_matrices(graph, submodels)
-        as_f16 = sum(2 * matrix.elements for matrix in matrices)
-        variants = Variants(self._journal.folder / "variants", submodels, matrices, kept_bytes=max(as_f16, _KEPT_BYTES))
+        kept = max(_KEPT_BYTES, sum(matrix.elements for matrix in matrices))  # or half of what the f16 model takes
+        variants = Variants(self._journal.folder / "variants", submodels, matrices, kept_bytes=kept)
         measurements = Measurements(Chain(submodels, matrices), variants, self._texts, self._journal)
         budget = self._options.max_increase
         search = Search(

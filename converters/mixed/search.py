@@ -28,7 +28,8 @@ from edgert.scheduler import Objective
 
 MIXES = 32  # random ones
 _PROPOSALS = 8  # at most, each measured on the text for verification
-_UNIFORM = ("int8", "int4-asym-g128")  # measured beside the mixes, everywhere where they fit
+# Measured beside the mixes: one format everywhere, the first that a matrix has.
+_UNIFORM = {"int8": ("int8",), "int4": ("int4-asym-g128", "int4-asym-g64", "int4-asym-g32", "int4-asym-pc", "int8")}
 _NEAR = 0.03  # relative: proposals this close to the limit are as good as on it
 
 
@@ -127,8 +128,11 @@ class Search:
             "kl_rank_correlation": rank_correlation(predicted, divergences),
             "metrics": self._metrics(),
         }  # fmt: skip
-        for name in _UNIFORM:
-            mix = {la.name: next((o.format for o in la.options if o.format.name == name), F16) for la in layers}
+        for name, names in _UNIFORM.items():
+            mix = {
+                layer.name: next(o.format for n in names for o in layer.options if o.format.name == n)
+                for layer in layers
+            }
             self._note(name, mix, self._predicted(mix), self._measurements.quality(self._chosen(mix), "verify"))
 
     def best(self, reserve: float = 0.0) -> Proposal:
