@@ -150,14 +150,15 @@ class Mixing:
             seed=self._options.seed, stage=self._stage, advance=self._advance,
         )  # fmt: skip
         search.prepare()
-        proposal = search.best()
+        proposal, reserve = search.best(), 0.0
         for last in (*[False] * (_ROUNDS - 1), True):
             rows = self._measured(search, proposal, measurements)
             used = self._used(search, proposal, rows)
             worst = max((rows[config].bound for config in used), default=proposal.quality.bound)
             if worst <= budget or last:
                 break
-            reserve = worst - proposal.quality.bound  # what these configurations take of the budget
+            # What these configurations take of the budget; a little more, so that noise does not make this go on.
+            reserve = 1.05 * max(reserve, worst - proposal.quality.bound)
             proposal = search.best(reserve) if reserve < budget else search.most_exact()
         record = search.record(proposal)
         if record["target"]:

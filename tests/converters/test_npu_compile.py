@@ -145,8 +145,9 @@ def test_submodels_are_as_few_as_memory_allows() -> None:
     kinds = [BlockKind.EMBED, *[BlockKind.FFN] * 7, BlockKind.HEAD]
     blocks = [Block(i, k, f"{k}.{i}", None, "x:0", (), {"i4": third}, 0, 0, 0) for i, k in enumerate(kinds)]
     graph = BlockGraph(tuple(blocks), ())
-    assert groups(graph, split=False) == [(1, 3), (4, 6), (7, 7), (8, 8)]
-    assert groups(graph, split=True) == [(i, i) for i in range(1, 9)]
+    assert groups(graph, False, range(1, 9)) == [(1, 3), (4, 6), (7, 7), (8, 8)]
+    assert groups(graph, False, {2, 3, 4}) == [(1, 1), (2, 4), (5, 7), (8, 8)]  # none is partly on an NPU
+    assert groups(graph, True, range(1, 9)) == [(i, i) for i in range(1, 9)]
 
 
 @pytest.mark.skipif(compiler.find() is None, reason="no NPU compiler: edgert doctor --setup npu-compiler")
