@@ -141,12 +141,17 @@ def _build_openvino(
         del model  # the search reads the file, a block at a time
         gc.collect()
         model = mix.compress(path, draft, described, progress, advance)
-    elif not compressed and options.weights != "fp16":
-        progress(f"compress to {weights}")
-        chosen = samples(options, tokenizer, vocab_size) if options.dataset else None
-        model = compress(
-            model, options.weights, group_size=options.group_size, sym=options.sym, awq=options.awq, samples=chosen
-        )
+    elif not compressed:
+        progress(f"compress to {options.weights}")
+        if options.weights != "fp16":
+            model = compress(
+                model,
+                options.weights,
+                group_size=options.group_size,
+                sym=options.sym,
+                awq=options.awq,
+                samples=samples(options, tokenizer, vocab_size) if options.dataset else None,
+            )
     progress("write")
     rows, graph = save(model, draft, checks, vocab_size)
     del model

@@ -139,7 +139,7 @@ def test_the_gate_is_for_bundles(capsys: pytest.CaptureFixture[str], text: Path)
     [
         (["--gate", "--reference", "x"], "not allowed with argument --gate"),
         (["--gate", "--max-increase=-1%"], "'-1' is no number from 0"),
-        (["--gate", "--max-increase", "much"], "invalid _share value: 'much'"),
+        (["--gate", "--max-increase", "much"], "invalid share value: 'much'"),
         (["--gate", "--max-kl", "nan"], "'nan' is no number from 0"),
         ([], "the following arguments are required: --text"),
     ],
