@@ -208,9 +208,13 @@ def test_turns_go_to_who_waited_longest() -> None:
 
 def test_who_gives_up_waiting_is_passed_over() -> None:
     turns = pipeline._Turns()
+
+    def interrupted(timeout: float | None = None) -> None:  # Ctrl-C, which a background process may ignore
+        raise KeyboardInterrupt
+
     with turns:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(turns._condition, "wait", lambda timeout=None: signal.raise_signal(signal.SIGINT))
+            patch.setattr(turns._condition, "wait", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 turns.__enter__()
         assert len(turns._queue) == 1
