@@ -431,7 +431,7 @@ def test_when_compile_packs(
 ) -> None:
     status = native.KernelStatus(None, loads, None if loads else "it is not there")
     monkeypatch.setattr(native, "status", lambda: status)
-    monkeypatch.setattr("edgert.converters.build.build", lambda src, out, options, progress: options.kernels)
+    monkeypatch.setattr("edgert.converters.build.build", lambda src, out, options, *told: options.kernels)
     assert edgert.compile(tmp_path, tmp_path / "out.edge", **arguments) is expected
 
 

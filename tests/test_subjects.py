@@ -62,7 +62,7 @@ def test_a_placement_against_exact_arithmetic(demo_path: Path, device: str) -> N
     limit = 1e-6 if device == "CPU@f32+static" else 1e-2
     assert found.increase == pytest.approx(0, abs=limit)
     assert found.kl is not None
-    assert 0 <= found.kl < limit
+    assert -1e-7 < found.kl < limit  # a divergence is exact to that
     found.check(max_increase=0.005, max_kl=0.005)
 
 
