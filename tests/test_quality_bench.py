@@ -29,7 +29,7 @@ from edgert.likelihood import documents
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL = ROOT / "examples" / "models" / "bookworm"
 sys.path.insert(0, str(ROOT / "benchmarks"))  # no package: its modules find each other beside the one that runs
-bench, charts = import_module("quality"), import_module("charts")
+bench, charts, gguf_writer = (import_module(name) for name in ("quality", "charts", "runtimes.gguf_writer"))
 entries, gguf_file, judge, llama, report, texts, weights = (
     import_module(f"quality_runs.{name}")
     for name in ("entries", "gguf_file", "judge", "llama", "report", "texts", "weights")
@@ -81,7 +81,7 @@ def test_a_model_needs_a_text(tmp_path: Path) -> None:
 def test_a_gguf_file_holds_the_same_model(family: str, tmp_path: Path) -> None:
     source = tiny(family)
     source.save_pretrained(tmp_path / "source")
-    gguf_file.write(tmp_path / "source", tmp_path / "model.gguf")
+    gguf_writer.write(tmp_path / "source", tmp_path / "model.gguf")
     model, _ = gguf_source.convert(gguf_source.read_metadata(tmp_path / "model.gguf"), lambda stage: None)
     pair = quality.openvino_decoder(model), quality.torch_decoder(source)
     quality.check_decoder(*pair, vocab_size=256, window=None, against="transformers")  # or it raises
@@ -96,7 +96,7 @@ def test_a_matrix_without_a_name_in_gguf_is_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({**tensors, "model.layers.0.mlp.gate_up.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="gate_up"):
-        gguf_file.write(tmp_path, tmp_path / "model.gguf")
+        gguf_writer.write(tmp_path, tmp_path / "model.gguf")
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_a_reference_is_read_once_as_far_as_there_is_room() -> None:
 
 @pytest.mark.skipif(not (llama.PEERS / "llama.json").exists(), reason="llama.cpp is not set up")
 def test_llama_cpp_computes_what_was_trained(tmp_path: Path) -> None:
-    gguf_file.write(DEMO_MODEL, tmp_path / "model.gguf")
+    gguf_writer.write(DEMO_MODEL, tmp_path / "model.gguf")
     tokens = list(range(100, 140))
     source = pretrained.load(DEMO_MODEL, "decoder")
     with torch.no_grad():

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import openvino as ov
 from edgert.converters import compress, pretrained
-from quality_runs import gguf_file
 from quality_runs.llama import Llama
+from runtimes import gguf_writer
 
 import edgert
 
@@ -145,7 +145,7 @@ def _optimum(source: Source, folder: Path, log: Path) -> str:
 
 def _llama(source: Source, folder: Path, log: Path) -> str:
     exact_file = folder / "f32.gguf"
-    gguf_file.write(source.model, exact_file)
+    gguf_writer.write(source.model, exact_file)
     with log.open("ab") as stream, Llama(stream) as llama:
         llama.quantize(exact_file, folder / GGUF)
     exact_file.unlink()
@@ -153,7 +153,7 @@ def _llama(source: Source, folder: Path, log: Path) -> str:
 
 
 def _llama_exact(source: Source, folder: Path, log: Path) -> str:
-    gguf_file.write(source.model, folder / GGUF)
+    gguf_writer.write(source.model, folder / GGUF)
     return ""
 
 

@@ -19,6 +19,7 @@ from quality_runs import entries, gguf_file, texts, weights
 from quality_runs.entries import Entry, Source
 from quality_runs.llama import Llama
 from rich.console import Console
+from runtimes import gguf_writer
 from runtimes.install import LLAMA
 
 import edgert
@@ -30,7 +31,10 @@ from edgert.text import Tokenizer
 PARTS, EDGERT, CONVERTERS = Path(__file__).parent, Path(edgert.__file__).parent, Path(entries.compress.__file__).parent
 # What decides a figure beside model, text and the versions of packages.
 RULER = (*(EDGERT / f"{name}.py" for name in ("likelihood", "evaluation", "scorers")), PARTS / "weights.py")
-MAKERS = tuple(PARTS / f"{name}.py" for name in ("entries", "gguf_file", "llama", "llama_worker"))
+MAKERS = (
+    *(PARTS / f"{name}.py" for name in ("entries", "llama", "llama_worker")),
+    Path(gguf_writer.__file__),
+)
 ROW, BASIS = "row.json", "basis.json"
 ROOM = 1 << 30  # bytes of logits
 

@@ -8,7 +8,6 @@ bundle's own model), `model.gguf`, `ort/` and `bf16/`; what is there and not old
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -45,53 +44,9 @@ def genai(source: Path, bundle: Path, target: Path) -> None:
 
 def gguf(source: Path, bundle: Path, target: Path) -> None:
     """Q4_0, groups of 32; embedding and head, which are one tensor, Q8_0; norms f32."""
-    import numpy as np
-    from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType, get_tensor_name_map
-    from gguf.quants import quantize
-    from safetensors import safe_open
+    from gguf_writer import write
 
-    config = json.loads((source / "config.json").read_text("utf-8"))
-    kind, layers, heads = config["model_type"], config["num_hidden_layers"], config["num_attention_heads"]
-    names = get_tensor_name_map(MODEL_ARCH[kind.upper()], layers)
-    writer = GGUFWriter(target, kind)
-    writer.add_name(source.name)
-    writer.add_file_type(LlamaFileType.MOSTLY_Q4_0)
-    writer.add_quantization_version(2)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
-    with safe_open(source / "model.safetensors", "np") as tensors:
-        for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
-            if name == "lm_head.weight":  # the embedding again
-                continue
-            new = names.get_name(name, try_suffixes=(".weight",))
-            if new is None:
-                raise ValueError(f"{name}: GGUF has no such tensor in {kind}")
-            array = tensors.get_tensor(name).astype(np.float32)
-            if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-                # llama.cpp turns neighbouring pairs, transformers halves of a head.
-                count = array.shape[0] // config["head_dim"]
-                halves = array.reshape(count, 2, config["head_dim"] // 2, -1)
-                array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
-            if array.ndim == 1:
-                writer.add_tensor(new, array)
-                continue
-            form = GGMLQuantizationType.Q8_0 if "embed" in name else GGMLQuantizationType.Q4_0
-            writer.add_tensor(new, quantize(array, form), raw_dtype=form)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write(source, target, int4=True)
 
 
 def ort(source: Path, bundle: Path, target: Path) -> None:
