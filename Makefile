@@ -7,6 +7,8 @@
 #   make bench-peers  benchmarks/peers.py: edgert beside other runtimes, which get an environment of their own
 #   make bench-quality  benchmarks/quality.py: what compressing costs, beside others; ARGS="--shared FOLDER"
 #   make bench-mixed  benchmarks/mixed_speed.py: how fast a mix of precisions decodes, beside f16, INT8 and INT4
+#   make bench-service  benchmarks/service.py: what the service costs, carries and survives
+#   make fuzz         benchmarks/fuzz.py: a service under attack
 #   make lint         ruff and mypy
 #   make clean        remove build/ and caches; .venv stays
 
@@ -19,7 +21,7 @@ TORCH := torch==2.13.0
 PEERS := build/peers
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test test-sanitized bench bench-peers bench-quality bench-mixed lint clean
+.PHONY: setup demo test test-sanitized bench bench-peers bench-quality bench-mixed bench-service fuzz lint clean
 
 setup: $(STAMP)
 
@@ -29,7 +31,7 @@ $(STAMP): pyproject.toml $(wildcard kernels/CMakeLists.txt kernels/src/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install $(TORCH) --editable ".[compile]" --group dev
+	$(BIN)/python -m pip install $(TORCH) --editable ".[compile,serve]" --group dev
 	@# PyPI's torchvision is built for CUDA: beside a CPU torch its import fails, and with it transformers'.
 	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision
 	touch $@
@@ -50,7 +52,8 @@ test: $(STAMP)
 # over long caches runs once, in the plugin: on every instruction set, checked, it would take a minute.
 SANITIZED := build/sanitized
 SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,kernels.py \
-    $(addprefix kernel_,linear.py embedding.py isa.py refusals.py attention.py attention_refusals.py)))
+    $(addprefix kernel_,linear.py embedding.py isa.py refusals.py attention.py attention_batched.py \
+    attention_refusals.py)))
 
 test-sanitized: $(STAMP)
 	$(BIN)/cmake -S kernels -B $(SANITIZED) -G Ninja -DEDGERT_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX) \
@@ -74,6 +77,12 @@ bench-quality: $(STAMP) $(PEERS)/.complete
 
 bench-mixed: $(STAMP)
 	$(BIN)/python benchmarks/mixed_speed.py $(ARGS)
+
+bench-service: $(STAMP) $(DEMO)
+	$(BIN)/python benchmarks/service.py $(ARGS)
+
+fuzz: $(STAMP) $(DEMO)
+	$(BIN)/python benchmarks/fuzz.py $(ARGS)
 
 # Builds llama.cpp twice: half an hour on two cores.
 $(PEERS)/.complete: benchmarks/peers-requirements.txt benchmarks/runtimes/install.py

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from edgert.results import Piece as Piece
     from edgert.results import Result as Result
     from edgert.sampling import SamplingParams as SamplingParams
+    from edgert.service.client import AsyncClient as AsyncClient
+    from edgert.service.client import Client as Client
     from edgert.session import Model as Model
     from edgert.session import load as load
     from edgert.shapes import StaticShapes as StaticShapes
@@ -40,8 +42,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AsyncClient": "edgert.service.client",
     "BlockGraph": "edgert.graph",
     "Bundle": "edgert.bundle",
+    "Client": "edgert.service.client",
     "DeviceConfig": "edgert.device",
     "DeviceInfo": "edgert.device",
     "EdgertError": "edgert.errors",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from edgert.backends import devices_of
 from edgert.bundle import Bundle
 from edgert.device import DeviceConfig, DeviceKind
-from edgert.errors import UsageError
+from edgert.errors import DeviceError, PlanError, UsageError
 from edgert.graph import BlockGraph
 from edgert.placement import HOST, Placement, Plan, own_blocks
 from edgert.shapes import StaticShapes
 
 if TYPE_CHECKING:
-    from edgert.scheduler import Objective
+    from edgert.scheduler import Choice, Objective
 
 log = logging.getLogger("edgert")
 
@@ -53,6 +53,52 @@ def choose_plan(
     default = DeviceKind.ORT if bundle.facts.format == "onnx" else DeviceKind.CPU
     config = as_config(device) or DeviceConfig.parse(str(default))
     return Plan.single(graph, config) if graph else Plan((Placement(0, 0, config),), f"single device {config}")
+
+
+def quickest_plan(bundle: Bundle) -> Plan:
+    """What runs a bundle where nothing is asked and nothing is measured: edgert's own kernels where they load.
+
+    They are for decoders; all else runs as `choose_plan` says.
+    """
+    config = DeviceConfig.parse("CPU@kernels")
+    if (
+        bundle.graph is None
+        or bundle.facts.task != "decoder"
+        or bundle.facts.format != "openvino"
+        or _lacking([config])
+    ):
+        return choose_plan(bundle)
+    return choose_plan(bundle, device=config)
+
+
+def library(bundle: Bundle, *, forbidden: Collection[str] = ()) -> tuple[Choice, ...]:
+    """Plans to switch between at run time, by this machine's own profile; see `edgert.scheduler.Schedule.library`.
+
+    Args:
+        forbidden: hardware that must not be used.
+
+    Returns:
+        None at all where this machine has no fresh profile, or the model is no decoder with blocks.
+    """
+    from edgert import conditions
+    from edgert.cost import Costs, Workload
+    from edgert.scheduler import Constraints, schedule
+
+    if bundle.graph is None or bundle.facts.task != "decoder" or not any(conditions.folder().glob("*.json")):
+        return ()
+    context = bundle.facts.context_length
+    try:
+        profile = conditions.find_cached()
+        costs = Costs(bundle.graph, profile, StaticShapes().within(context))
+        names = (*_lacking(profile.configs), *forbidden)
+        limits = Constraints(max_memory_bytes=profile.memory_bytes, forbidden=names)
+        try:
+            return schedule(costs, "tokens_per_joule", limits, Workload.fitting(context)).library
+        except PlanError:  # without watts
+            return schedule(costs, "latency", limits, Workload.fitting(context)).library
+    except (DeviceError, PlanError, UsageError) as error:
+        log.info("no plans to switch between: %s", error)
+        return ()
 
 
 def as_config(device: str | DeviceConfig | None) -> DeviceConfig | None:

@@ -12,12 +12,18 @@
     ├── MissingDependencyError an optional package is not installed or does not load
     ├── DeviceError            a device or device configuration cannot be used
     │   ├── UnknownDeviceError     no such device or configuration
+    │   ├── CacheFullError         no room for more keys and values
     │   └── DeviceFailedError      the device failed while compiling or running
     │       ├── MissingBlobError       an NPU's submodel is not compiled yet
     │       ├── DeviceHungError        it did not answer in time
     │       └── DeviceNonsenseError    it gave NaN
     ├── PlanError              a plan does not fit the model it is meant for
     ├── QualityError           a limit on what a model may lose is not kept
+    ├── ServiceError           the service cannot do it
+    │   ├── UnknownModelError      no model of that name
+    │   ├── BusyError              a queue is full: try again later
+    │   ├── WorkerError            no worker can be brought to do it
+    │   └── UnreachableError       no service answers, or it refuses this client
     └── ChatTemplateError      no chat template, or one that fails or oversteps its sandbox
 
 Whoever embeds edgert catches `EdgertError`; the command line prints any of them as one line and exits with code 2,
@@ -101,6 +107,10 @@ class UnknownDeviceError(DeviceError, ValueError):
     """No such device or configuration."""
 
 
+class CacheFullError(DeviceError):
+    """There is no room for more keys and values within the budget for them; nothing has run."""
+
+
 class DeviceFailedError(DeviceError):
     """The device failed while compiling or running.
 
@@ -139,6 +149,34 @@ class QualityError(EdgertError):
         super().__init__(message)
         self.value = value
         self.limit = limit
+
+
+class ServiceError(EdgertError):
+    """The service cannot do what it was asked."""
+
+
+class UnknownModelError(ServiceError):
+    """The service has no model of that name."""
+
+
+class BusyError(ServiceError):
+    """A queue is full.
+
+    Attributes:
+        retry_after_s: when it may be worth another try.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class WorkerError(ServiceError):
+    """No worker can be brought to do it: each one that was started failed."""
+
+
+class UnreachableError(ServiceError):
+    """No service answers, or it does not let this client in."""
 
 
 class ChatTemplateError(EdgertError):

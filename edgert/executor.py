@@ -17,6 +17,7 @@ from edgert.device import DeviceConfig, DeviceKind
 from edgert.errors import BundleError, DeviceFailedError, PlanError
 from edgert.graph import BOUNDARY
 from edgert.guard import guarded
+from edgert.inplace import KernelCompiled
 from edgert.kvcache import trim
 from edgert.pipeline import Segment, run_chunks
 from edgert.placement import Plan
@@ -115,6 +116,19 @@ class Executor:
     def max_chunk(self) -> int:
         """The largest number of tokens that the devices take at once."""
         return self.facts.context_length if self.shapes is None else self.shapes.chunks[-1]
+
+    @cached_property
+    def kv_bytes_per_token(self) -> int:
+        """What a token's keys and values take, as the devices that decode keep them; 0 without a block graph."""
+        total = 0
+        for stage in self.chains[DECODE]:
+            if isinstance(stage.compiled, KernelCompiled):
+                total += stage.compiled.kv_bytes_per_token
+            elif self._graph is not None:
+                blocks = self._graph.blocks[stage.placement.first : stage.placement.last + 1]
+                width = 2 if stage.placement.config.half else 1  # the block graph tells f32
+                total += sum(block.kv_bytes_per_token for block in blocks) // width
+        return total
 
     @cached_property
     def emulated(self) -> bool:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Precision = Literal["i8", "f16", "bf16"]
 
-CACHE, PAST = "cache.", "past"  # inputs of a submodel: each layer's cache by number, and the tokens that are in them
+# Inputs of a submodel: each layer's cache by number, and the tokens that are in them, or which sequence has which.
+CACHE, PAST, SEQUENCES = "cache.", "past", "sequences"
 BLOCK_TOKENS = 16
 _ALIGNMENT = 64  # of a cache in memory: one vector of the widest kernels, one line of the CPU's caches
 _WINDOW_TOKENS = 8 * BLOCK_TOKENS  # that are converted at a time

@@ -1,14 +1,16 @@
 """From one row of logits to one token: what a generation is asked for, and the draw itself.
 
 The order of the steps is that of Hugging Face's `generate`: repetition penalty, temperature, top-k, top-p, min-p
-(`transformers/generation/utils.py`, `_get_logits_processor`), so the same numbers mean the same here and there.
+(`transformers/generation/utils.py`, `_get_logits_processor`), so the same numbers mean the same here and there. Before
+the temperature come OpenAI's frequency and presence penalties and its bias, as
+https://platform.openai.com/docs/api-reference/chat/create defines them, and the mask of a grammar.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -24,6 +26,7 @@ Floats = npt.NDArray[np.float32]
 GREEDY_BELOW = 1e-5
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
+MAX_BIASES = 1024
 _BLOCK = 512
 
 
@@ -38,6 +41,9 @@ class SamplingParams:
         min_p: drop tokens less likely than this share of the most likely one, 0 to 1; 0 keeps all.
         repetition_penalty: divides positive and multiplies negative logits of tokens in the history, 0.01 to 100;
             1 is off (CTRL, arXiv:1909.05858, section 4.1).
+        frequency_penalty: subtracted from a token's logit for each time that it was generated, -2 to 2.
+        presence_penalty: subtracted once from the logits of tokens that were generated, -2 to 2.
+        logit_bias: added to the logits of tokens, -100 to 100 by id; at most 1024, ids may be text as in JSON.
         seed: 0 to 2^64 - 1, the same tokens each time; None takes a fresh one from the operating system.
         max_tokens: at most this many tokens are generated, 1 to 2^31 - 1.
         stop: strings that end the text and are not part of it; at most 16, of 1 to 256 characters.
@@ -52,6 +58,9 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
@@ -65,6 +74,9 @@ class SamplingParams:
             raise SamplingError(f"top_p is {self.top_p!r}, expected a number over 0 and up to 1")
         _check("min_p", self.min_p, Real, 0, 1)
         _check("repetition_penalty", self.repetition_penalty, Real, 0.01, 100)
+        _check("frequency_penalty", self.frequency_penalty, Real, -2, 2)
+        _check("presence_penalty", self.presence_penalty, Real, -2, 2)
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         if self.seed is not None:
             _check("seed", self.seed, Integral, 0, 2**64 - 1)
         _check("max_tokens", self.max_tokens, Integral, 1, 2**31 - 1)
@@ -104,32 +116,58 @@ class Sampled:
 
 
 class Sampler:
-    """Chooses the tokens of one generation; holds its random state and what the repetition penalty has seen."""
+    """Chooses the tokens of one generation; holds its random state and what the penalties have seen.
 
-    def __init__(self, params: SamplingParams) -> None:
+    Args:
+        prompt_tokens: how many tokens of the history are the prompt, which the frequency and presence penalties leave
+            out.
+    """
+
+    def __init__(self, params: SamplingParams, *, prompt_tokens: int = 0) -> None:
         self.params = params
+        self._prompt_tokens = prompt_tokens
+        self._bias = (
+            np.fromiter(params.logit_bias, dtype=np.int64, count=len(params.logit_bias)),
+            np.fromiter(params.logit_bias.values(), dtype=np.float32, count=len(params.logit_bias)),
+        )
         self._random = np.random.Generator(np.random.PCG64(None if params.seed is None else int(params.seed)))
         self._seen = np.zeros(0, dtype=np.bool_)
         self._consumed = 0
         # Reused from token to token: fresh megabytes each time cost more in page faults than the sampling itself.
         self._scratch = np.empty((2, 0), dtype=np.float32)
 
-    def sample(self, logits: Floats, history: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Sampled:
+    def skip(self, tokens: int) -> None:
+        """Go on as if so many tokens had been sampled, by another sampler of the same parameters."""
+        if tokens > 0 and not self.params.greedy:
+            self._random.random(tokens)
+
+    def sample(
+        self,
+        logits: Floats,
+        history: Sequence[int] | npt.NDArray[np.integer[Any]],
+        allowed: npt.NDArray[np.bool_] | None = None,
+    ) -> Sampled:
         """Choose the next token.
 
         Args:
             logits: float32[vocab], one row as the device returned it; it is not changed.
             history: ids of prompt and answer so far. Between calls it only grows at its end: just the new part is
                 read (a shorter one starts over).
+            allowed: bool[vocab], one at least: the tokens that may be chosen; None for all.
 
         Raises:
             DeviceFailedError: the logits are not one row of numbers, or hold NaN or nothing finite.
-            UsageError: the history holds an id outside of the vocabulary.
+            UsageError: the history or the bias holds an id outside of the vocabulary.
         """
         raw = np.asarray(logits, dtype=np.float32)
         if raw.ndim != 1 or raw.size == 0:
             raise DeviceFailedError(f"device returned logits of shape {list(raw.shape)}, expected [vocab]")
         scores = raw if self.params.repetition_penalty == 1 else self._penalised(raw, history)
+        scores = self._shifted(scores, history)
+        if allowed is not None:
+            if math.isnan(raw[raw.argmax()]):  # which the mask may hide
+                raise DeviceFailedError(f"device returned logits that hold NaN (token {raw.argmax()})")
+            scores = np.where(allowed, scores, np.float32(-np.inf))
         best = int(scores.argmax())
         # argmax stops at the first NaN, and where it finds an infinity nothing can be drawn: one look tells all.
         if not math.isfinite(scores[best]):
@@ -144,9 +182,7 @@ class Sampler:
             self._seen = np.zeros(raw.size, dtype=np.bool_)
             self._consumed = 0
         new = np.asarray(history[self._consumed :], dtype=np.int64)
-        if new.size and not (new.min() >= 0 and new.max() < raw.size):
-            wrong = new[(new < 0) | (new >= raw.size)][0]
-            raise UsageError(f"history holds token {wrong}, expected 0 to {raw.size - 1}")
+        self._check_ids("history", new, raw.size)
         self._seen[new] = True
         self._consumed = len(history)
         # Scanning 152k flags takes some 20 us, whatever the history's length.
@@ -155,6 +191,29 @@ class Sampler:
         scores = raw.copy()
         scores[ids] = np.where(raw[ids] < 0, raw[ids] * penalty, raw[ids] / penalty)
         return scores
+
+    def _shifted(self, scores: Floats, history: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Floats:
+        """The scores after frequency and presence penalty and bias; the same array where there is none of them."""
+        params = self.params
+        generated = history[self._prompt_tokens :] if params.frequency_penalty or params.presence_penalty else ()
+        if not len(generated) and not params.logit_bias:
+            return scores
+        scores = scores.copy()
+        if len(generated):
+            ids, counts = np.unique(np.asarray(generated, dtype=np.int64), return_counts=True)
+            self._check_ids("history", ids, scores.size)
+            scores[ids] -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
+            scores[ids] -= np.float32(params.presence_penalty)
+        biased, amounts = self._bias
+        self._check_ids("logit_bias", biased, scores.size)
+        scores[biased] += amounts
+        return scores
+
+    @staticmethod
+    def _check_ids(name: str, ids: npt.NDArray[np.int64], vocab: int) -> None:
+        if ids.size and not (ids.min() >= 0 and ids.max() < vocab):
+            wrong = ids[(ids < 0) | (ids >= vocab)][0]
+            raise UsageError(f"{name} holds token {wrong}, expected 0 to {vocab - 1}")
 
     def _draw(self, scores: Floats, best: np.float32) -> int:
         params = self.params
@@ -243,6 +302,22 @@ def _with_logprobs(token: int, raw: Floats, count: int) -> Sampled:
         ids = ids[np.argsort(-raw[ids], kind="stable")][:count]
         top = tuple((int(i), float(raw[i]) - norm) for i in ids)
     return Sampled(token, float(raw[token]) - norm, top)
+
+
+def _biases(given: Mapping[Any, Any]) -> dict[int, float]:
+    """Biases by token id."""
+    if not isinstance(given, Mapping):
+        raise SamplingError(f"logit_bias is {_short(given)}, expected numbers by token id")
+    if len(given) > MAX_BIASES:
+        raise SamplingError(f"logit_bias holds {len(given)} tokens, at most {MAX_BIASES} allowed")
+    biases: dict[int, float] = {}
+    for key, value in given.items():
+        plain = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10
+        token = int(key) if plain else key
+        _check("logit_bias: token", token, Integral, 0, 2**31 - 1)
+        _check(f"logit_bias[{token}]", value, Real, -100, 100)
+        biases[int(token)] = float(value)
+    return biases
 
 
 def _check(name: str, value: Any, kind: type, low: float, high: float) -> None:

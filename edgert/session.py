@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
@@ -48,6 +48,9 @@ class Sampling(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: Mapping[int, float]
     seed: int | None
     stop: Sequence[str]
     logprobs: int | None
@@ -273,7 +276,7 @@ class Model:
         clock.resume()
         run = self._engine.take(tokens)
         clock.prompt_tokens, clock.reused = len(tokens), run.past
-        sampler = Sampler(params)
+        sampler = Sampler(params, prompt_tokens=len(tokens))
         history = list(tokens)
         healthy = False  # a sequence that a device failed on, or that was left in the middle, is not used again
         try:

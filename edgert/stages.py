@@ -199,12 +199,14 @@ class _Kernels:
 
         config = p.config
         assert config.kernels is not None
-        lowered = lower(submodel, self._weights, native.factory(), precision=config.kernels)
+        lowered = lower(submodel, self._weights, native.factory(), precision=config.kernels, batched=True)
         self._packed_bytes += lowered.packed_bytes
         counts = ", ".join(f"{count} {name}" for name, count in lowered.replaced.items() if count)
         log.info("%s: blocks %d-%d: %s", config, p.first, p.last, counts or "nothing for the kernels")
         for name, reason in lowered.left.items():
             log.info("%s leaves %s to OpenVINO: %s", config, name, reason)
+        if lowered.unbatched is not None:
+            log.info("%s: blocks %d-%d take one sequence at a time: %s", config, p.first, p.last, lowered.unbatched)
         compiled = cast("BindingCompiled", backend.compile(lowered.model, config, blocks))
         context = self._bundle.facts.context_length
         return KernelCompiled(compiled, lowered.caches, context, config, lowered.arrays)

@@ -7,7 +7,7 @@ A tokenizer folder holds, as Hugging Face writes it, `tokenizer.json` and beside
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +143,7 @@ class Tokenizer:
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation. The template places bos, so nothing is added to what it writes.
 
@@ -151,18 +152,20 @@ class Tokenizer:
                 missing where there are `tool_calls`.
             tools: JSON schemas of functions that the model may call.
             add_generation_prompt: end with the opening of the assistant's answer.
+            variables: more of them for the template, e.g. `{"enable_thinking": False}`.
 
         Raises:
-            UsageError: messages or tools have another form.
+            UsageError: messages or tools have another form, or a variable has the name of one that is set here.
             ChatTemplateError: there is no template, or it fails.
         """
-        return self.encode(self.render_chat(messages, tools, add_generation_prompt), special=False)
+        return self.encode(self.render_chat(messages, tools, add_generation_prompt, variables), special=False)
 
     def render_chat(
         self,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text that `encode_chat` encodes."""
         _check_messages(messages, tools)
@@ -175,13 +178,25 @@ class Tokenizer:
             from edgert.chat_template import ChatTemplate  # and Jinja, which a plain prompt need not wait for
 
             self._compiled[name] = ChatTemplate(self._templates[name])
-        return self._compiled[name].render(
+        own = {
             **self._named,
-            messages=messages,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-        )
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        if taken := [name for name in variables or () if name in own or name == "self"]:  # Jinja's own argument
+            raise UsageError(f"template variable {taken[0]!r} is taken, expected another name")
+        return self._compiled[name].render(**(variables or {}), **own)
+
+    def template_has(self, text: str) -> bool:
+        """Whether a chat template has this text in it."""
+        return any(text in template for template in self._templates.values())
+
+    def token_id(self, token: str) -> int | None:
+        """The id of an entry of the vocabulary, or None where there is none."""
+        index: int | None = self._backend.token_to_id(token)
+        return index
 
     def _id(self, name: str) -> int | None:
         text = self._named.get(name)

@@ -29,13 +29,14 @@ class Attention:
     causal: bool = False
     mask: bool = False
     sinks: bool = False
+    batched: bool = False
 
     def attributes(self) -> dict[str, Any]:
         return {
             "heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim, "value_dim": self.value_dim,
             "scale": self.scale, "softcap": self.softcap, "precision": self.precision,
             "rope": "half" if self.rope_dims else "", "norm": "rms" if self.norm else "", "epsilon": self.epsilon,
-            "causal": self.causal, "mask": self.mask, "sinks": self.sinks,
+            "causal": self.causal, "mask": self.mask, "sinks": self.sinks, "batched": self.batched,
         }  # fmt: skip
 
     @property

@@ -16,7 +16,7 @@ def operation(attention: Attention, mask: Any = np.float32, past: Any = np.int64
     inputs: list[tuple[Any, Any]] = [
         ([1, -1, attention.width], np.float32),
         ([-1, attention.kv_heads, attention.block_bytes], np.uint8),
-        ([1], past),
+        ([-1, 3] if attention.batched else [1], past),
     ]
     if attention.mask:
         inputs.append(([1, -1, -1, -1], mask))

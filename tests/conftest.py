@@ -23,6 +23,14 @@ def demo_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def packed_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same at INT8, with its weights packed for the kernels."""
+    out = tmp_path_factory.mktemp("packed") / "packed.edge"
+    edgert.compile(DEMO_MODEL, out, weights="int8")
+    return out
+
+
+@pytest.fixture(scope="session")
 def demo(demo_path: Path) -> Model:
     """The demo bundle on the exact reference configuration."""
     return edgert.load(demo_path, device="CPU@f32")

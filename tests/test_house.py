@@ -10,14 +10,15 @@ import edgert
 PACKAGE = Path(edgert.__file__).parent
 LAYERS = {
     "errors": -1, "fields": -1, "folders": -1, "device": 0, "graph": 0, "charts": 0, "placement": 1, "memory": 1,
-    "grid": 1, "page": 1, "table": 1, "kvlayout": 1, "native": 2, "packing": 1, "kernelfile": 2, "kernel_lowering": 4,
-    "chat_template": 1, "irgraph": 1, "shapes": 1, "profile": 1, "architecture": 1, "sampling": 2, "text": 2,
-    "bundle": 2, "results": 2, "residual": 2, "cost": 2, "switching": 2, "catalogue": 3, "prediction": 3, "energy": 3,
-    "rates": 3, "backends": 3, "likelihood": 2, "quality_page": 3, "quality_charts": 2, "evaluation": 3, "partition": 3,
-    "cutting": 3, "lowering": 3, "scheduler": 4, "samples": 4, "npu": 4, "kvcache": 4, "static": 4, "guard": 4,
-    "pipeline": 4, "discovery": 4, "simulator": 5, "conditions": 5, "bucketed": 5, "inplace": 5, "precision": 5,
-    "stages": 6, "executor": 7, "engine": 8, "profiler": 8, "choice": 8, "session": 9, "scorers": 9, "converters": 10,
-    "subjects": 11, "cli": 12, "__main__": 13, "__init__": 13,
+    "grid": 1, "page": 1, "regions": 1, "table": 1, "kvlayout": 1, "native": 2, "packing": 1, "kernelfile": 2,
+    "kernel_lowering": 4, "chat_template": 1, "irgraph": 1, "shapes": 1, "profile": 1, "architecture": 1, "sampling": 2,
+    "text": 2, "bundle": 2, "results": 2, "residual": 2, "cost": 2, "switching": 2, "catalogue": 3, "prediction": 3,
+    "energy": 3, "rates": 3, "backends": 3, "likelihood": 2, "quality_page": 3, "quality_charts": 2,
+    "evaluation": 3, "partition": 3, "cutting": 3, "lowering": 3, "scheduler": 4, "samples": 4, "npu": 4, "kvcache": 4,
+    "static": 4, "guard": 4, "pipeline": 4, "discovery": 4, "simulator": 5, "conditions": 5, "bucketed": 5,
+    "inplace": 5, "precision": 5, "stages": 6, "executor": 7, "engine": 8, "profiler": 8, "choice": 8, "lanes": 8,
+    "batch": 9, "session": 9, "scorers": 9, "converters": 10, "subjects": 11, "service": 11, "cli": 12,
+    "__main__": 13, "__init__": 13,
 }  # fmt: skip
 # Rooms that may touch OpenVINO; the rest must work where no device library is.
 OPENVINO_ROOMS = {
@@ -56,8 +57,9 @@ def imported(path: Path) -> set[str]:
 
 def test_public_names() -> None:
     assert edgert.__all__ == [
-        "BlockGraph", "Bundle", "DeviceConfig", "DeviceInfo", "EdgertError", "Evaluation", "Event", "KvCache", "Model",
-        "Piece", "Plan", "Result", "SamplingParams", "StaticShapes", "compile", "devices", "evaluate", "load",
+        "AsyncClient", "BlockGraph", "Bundle", "Client", "DeviceConfig", "DeviceInfo", "EdgertError", "Evaluation",
+        "Event", "KvCache", "Model", "Piece", "Plan", "Result", "SamplingParams", "StaticShapes", "compile", "devices",
+        "evaluate", "load",
     ]  # fmt: skip
     for name in edgert.__all__:
         assert getattr(edgert, name).__doc__, name

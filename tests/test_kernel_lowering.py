@@ -131,6 +131,24 @@ def test_every_family_on_the_kernels(tiny: Tiny, precision: Any) -> None:
     assert lowered.packed_bytes == sum(array.nbytes for array in lowered.arrays)
 
 
+def test_which_families_take_several_sequences(tiny: Tiny) -> None:
+    """Those of which nothing but the attention looks at other rows, and no product is OpenVINO's."""
+    lowered = lower(tiny.read(), None, native.factory(), batched=True)
+    inputs = {port.any_name for port in lowered.model.inputs}
+    if tiny.family in SLIDING:
+        assert lowered.unbatched == "it takes attention_mask"
+    elif tiny.family in MIXTURES:
+        assert str(lowered.unbatched).endswith("stays with OpenVINO")
+    elif tiny.family == "bert":
+        assert lowered.unbatched == "it has no cache that the kernels change in place"
+    else:
+        assert lowered.unbatched is None
+        assert inputs == {"input_ids", "position_ids", "sequences", "cache.0", "cache.1"}
+        return
+    assert "sequences" not in inputs
+    assert ("past" in inputs) == (tiny.family != "bert")
+
+
 def test_every_family_cut_at_every_boundary(tiny: Tiny) -> None:
     """Submodels find the weights that were packed for the whole model, and give each other masks and tables."""
     packed, model = tiny.pack(), tiny.read()

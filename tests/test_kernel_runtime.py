@@ -38,14 +38,6 @@ needs_kernels = pytest.mark.skipif(not native.status().loads, reason="the native
 
 
 @pytest.fixture(scope="module")
-def packed_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model at INT8, with its weights packed for the kernels."""
-    out = tmp_path_factory.mktemp("packed") / "packed.edge"
-    edgert.compile(Path(__file__).parents[1] / "examples" / "models" / "bookworm", out, weights="int8")
-    return out
-
-
-@pytest.fixture(scope="module")
 def loaded(demo_path: Path) -> Callable[[str], Model]:
     """The demo model by placement; without any idle sequence."""
     made: dict[str, Model] = {}

@@ -250,3 +250,70 @@ def test_parameters_out_of_range(field, value):
 def test_parameters_in_range():
     assert SamplingParams(temperature=1, top_p=1, stop=["a"]).stop == ("a",)
     assert SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), seed=0).top_k == 3
+
+
+# Penalties as OpenAI defines them, bias, masks, and going on in the middle
+
+
+def test_frequency_and_presence_count_what_was_generated() -> None:
+    logits = np.array([3.0, 2.5, 2.0, 1.0], np.float32)
+    params = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25, logprobs=1)
+    sampler = Sampler(params, prompt_tokens=2)
+    assert sampler.sample(logits, [0, 0]).token == 0  # the prompt does not count
+    assert sampler.sample(logits, [0, 0, 0]).token == 1  # 3 - 0.5 - 0.25 < 2.5
+    assert sampler.sample(logits, [0, 0, 0, 1, 1]).token == 0  # 2.25 against 1.25
+    assert sampler.sample(logits, [0, 0, 0, 0, 0, 1, 1]).token == 2
+    assert sampler.sample(logits, [0, 0, 0]).logprob == pytest.approx(
+        2.5 - np.log(np.exp(logits.astype(np.float64)).sum()), abs=1e-6
+    )
+
+
+def test_negative_penalties_reward() -> None:
+    logits = np.array([1.0, 0.9], np.float32)
+    assert Sampler(SamplingParams(presence_penalty=-1.0)).sample(logits, [1]).token == 1
+
+
+def test_bias_shifts_tokens() -> None:
+    logits = np.zeros(4, np.float32)
+    params = SamplingParams(logit_bias={"2": 1, 3: -100})
+    assert params.logit_bias == {2: 1.0, 3: -100.0}
+    assert Sampler(params).sample(logits, []).token == 2
+    with pytest.raises(UsageError, match="logit_bias holds token 9"):
+        Sampler(SamplingParams(logit_bias={9: 1})).sample(logits, [])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"frequency_penalty": 2.1}, {"presence_penalty": float("nan")}, {"logit_bias": {1: 101}},
+        {"logit_bias": {-1: 1}}, {"logit_bias": {"x": 1}}, {"logit_bias": [1]},
+        {"logit_bias": dict.fromkeys(range(1025), 0)},
+    ],
+)  # fmt: skip
+def test_penalties_and_bias_have_limits(options: dict[str, object]) -> None:
+    with pytest.raises(SamplingError, match=next(iter(options))):
+        SamplingParams(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_allowed_tokens_are_chosen(temperature: float) -> None:
+    logits = np.array([9.0, 1.0, 8.0, 0.0], np.float32)
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=1, logprobs=1))
+    allowed = np.array([False, True, False, True])
+    sampled = [sampler.sample(logits, [], allowed) for _ in range(20)]
+    assert {each.token for each in sampled} <= {1, 3}
+    assert sampled[0].top[0][0] == 0  # the model's own distribution
+    with pytest.raises(DeviceFailedError, match="NaN"):
+        sampler.sample(np.array([np.nan, 1, 1, 1], np.float32), [], allowed)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_skipping_is_sampling(temperature: float) -> None:
+    logits = np.linspace(0, 3, 50, dtype=np.float32)
+    params = SamplingParams(temperature=temperature, seed=11)
+    sampler = Sampler(params)
+    tokens = [sampler.sample(logits, []).token for _ in range(30)]
+    for count in (0, 1, 17):
+        other = Sampler(params)
+        other.skip(count)
+        assert [other.sample(logits, []).token for _ in range(30 - count)] == tokens[count:]

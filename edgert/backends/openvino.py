@@ -60,6 +60,11 @@ def core() -> ov.Core:
     return ov.Core()
 
 
+def use_threads(count: int) -> None:
+    """Let the CPU compute with so many threads, at least 1, whatever is compiled from now on."""
+    core().set_property("CPU", {"INFERENCE_NUM_THREADS": count})
+
+
 class OpenVinoRunner:
     """An infer request. See `edgert.backends.base.Runner`."""
 

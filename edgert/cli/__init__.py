@@ -13,7 +13,10 @@ from typing import Any
 from edgert import __version__
 from edgert.errors import EdgertError, QualityError
 
-VERBS = ("devices", "compile", "inspect", "profile", "plan", "run", "bench", "eval", "fit", "doctor")
+VERBS = (
+    "devices", "compile", "inspect", "profile", "plan", "run", "bench", "eval", "fit", "doctor",
+    "serve", "service", "ps", "load", "unload", "stop", "status",
+)  # fmt: skip
 
 DESCRIPTION = """\
 Run language models on small Intel machines.
@@ -21,6 +24,7 @@ Run language models on small Intel machines.
   edgert compile SRC -o OUT.edge    a model (Hugging Face folder, ONNX, OpenVINO IR, GGUF) becomes a bundle
   edgert plan OUT.edge              which block of the model runs where
   edgert run OUT.edge "Once"        text
+  edgert serve OUT.edge             the same for other programs, as OpenAI's API
 """
 
 

@@ -4,6 +4,7 @@
     weights.py      compressed weights                  linears.py      products with bias, norm, gate, residual
     attention.py    attention over a cache              projections.py  its queries, keys and values
     masks.py        masks that need not be made         rewrite.py      the new operations
+    sequences.py    several sequences in one call
 
 What fits no pattern stays with OpenVINO, and `LoweredModel.left` says why. `packables` gives what `edgert compile`
 packs; it follows from the same patterns, so a submodel finds its weights by their names however the model is cut.
@@ -23,13 +24,14 @@ from edgert.kernel_lowering.linears import Linears, find, finish
 from edgert.kernel_lowering.masks import Masks
 from edgert.kernel_lowering.projections import Projections, projections
 from edgert.kernel_lowering.rewrite import Factory, Rewriter
+from edgert.kernel_lowering.sequences import take_sequences
 from edgert.kernel_lowering.view import Item, View
 from edgert.kernel_lowering.weights import Packable, Unsuitable, Weights
 from edgert.kernelfile import PackedWeights
-from edgert.kvlayout import CACHE, PAST, KvLayout, Precision
+from edgert.kvlayout import CACHE, PAST, SEQUENCES, KvLayout, Precision
 from edgert.packing import Array
 
-__all__ = ["CACHE", "PAST", "LoweredCache", "LoweredModel", "Packables", "lower", "packables"]
+__all__ = ["CACHE", "PAST", "SEQUENCES", "LoweredCache", "LoweredModel", "Packables", "lower", "packables"]
 
 _MAX_SEARCH = 200  # operations behind a state that are looked at for the reason why it stays
 
@@ -54,10 +56,13 @@ class LoweredModel:
 
     Attributes:
         model: takes `cache.N` u8 `[blocks, heads, block_bytes]` for each of `caches`, and `past` i64 `[1]` if there
-            are any, beside those of its former inputs that it still needs; outputs are as before.
+            are any, beside those of its former inputs that it still needs; outputs are as before. One that takes
+            several sequences has `sequences` i64 `[lanes, 3]` instead of `past`: of each in turn how many rows of
+            the other inputs are its own, how many tokens are in its part of the caches, and the first block of that.
         caches: by the number of their input.
         replaced: how many operations of each kernel it has.
         left: what stays with OpenVINO, by name, and why.
+        unbatched: why it takes one sequence at a time; None where it takes several.
         packed_bytes: of weights that were packed into memory of their own, as they were in no file.
         arrays: the memory of the weights. It must live as long as the model and what is compiled of it.
     """
@@ -66,6 +71,7 @@ class LoweredModel:
     caches: tuple[LoweredCache, ...]
     replaced: Mapping[str, int]
     left: Mapping[str, str]
+    unbatched: str | None
     packed_bytes: int
     arrays: tuple[Array, ...] = field(repr=False)
 
@@ -100,17 +106,23 @@ def packables(model: ov.Model) -> Packables:
 
 
 def lower(
-    model: ov.Model, packed: PackedWeights | None, factory: Factory, *, precision: Precision = "i8"
+    model: ov.Model,
+    packed: PackedWeights | None,
+    factory: Factory,
+    *,
+    precision: Precision = "i8",
+    batched: bool = False,
 ) -> LoweredModel:
     """Put kernels into a submodel, which is changed in place.
 
-    It is for one sequence: the batch is 1, and `attention_mask` all ones.
+    The batch is 1, and `attention_mask` all ones.
 
     Args:
         model: the whole model or a submodel of `edgert.cutting.cut`, not one with static shapes.
         packed: its bundle's weights; None packs them now, into memory.
         factory: with the extension's operations.
         precision: of keys and values.
+        batched: let it take several sequences, one after the other in the rows of its inputs, where it can.
 
     Raises:
         BundleError: the packed weights are of another model.
@@ -119,12 +131,14 @@ def lower(
     if packed is not None and packed.unusable is not None:
         raise PlanError(f"bundle {packed.path}: the CPU kernels must not run it: {packed.unusable}")
     try:
-        return _lower(model, packed, factory, precision)
+        return _lower(model, packed, factory, precision, batched)
     except RuntimeError as error:  # OpenVINO's only class of errors: the kernels refuse a shape or a number
         raise PlanError(f"the CPU kernels do not take the model: {cause(error)}") from error
 
 
-def _lower(model: ov.Model, packed: PackedWeights | None, factory: Factory, precision: Precision) -> LoweredModel:
+def _lower(
+    model: ov.Model, packed: PackedWeights | None, factory: Factory, precision: Precision, batched: bool
+) -> LoweredModel:
     names = [port.get_names() for port in model.outputs]
     view = View(model)
     made: dict[Hashable, Array] = {}
@@ -159,10 +173,12 @@ def _lower(model: ov.Model, packed: PackedWeights | None, factory: Factory, prec
     for parameter in model.get_parameters():
         if not parameter.output(0).get_target_inputs():  # beam_idx, and what gave empty states their batch
             model.remove_parameter(parameter)
+    unbatched = take_sequences(model, factory) if batched else "nobody asked for it"
     model.validate_nodes_and_infer_types()
     for port, own in zip(model.outputs, names, strict=True):
         port.set_names(own)
-    return LoweredModel(model, caches, replaced, left, sum(array.nbytes for array in made.values()), arrays)
+    packed_bytes = sum(array.nbytes for array in made.values())
+    return LoweredModel(model, caches, replaced, left, unbatched, packed_bytes, arrays)
 
 
 def _search_until(view: View, refused: dict[str, str], fault: Callable[[Packable], Mapping[str, str]]) -> _Found:

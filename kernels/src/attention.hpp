@@ -72,17 +72,24 @@ struct VisibleRange {
 constexpr std::size_t kTileRows = 48;
 constexpr std::size_t kGroupRows = 6;  // whose sums one look at keys or values adds to, at most
 constexpr std::size_t kStepTokens = 256;
-constexpr std::size_t kMaxSpans = 64;
+// Tokens of a span. Results of spans are joined in order, whoever computes them, so what a row gives depends on the tokens
+// before it alone: not on threads, nor on how many rows there are with it.
+constexpr std::size_t kSpanTokens = 512;
 
 struct AttentionUnit {
     std::size_t kv_head;
     std::size_t first;  // row
     std::size_t rows;
-    std::size_t begin;  // tokens of the cache, a multiple of 16
+    std::size_t begin;  // tokens of the cache: one or more spans
     std::size_t end;
+    bool apart;  // a result for each span, [spans][rows]; otherwise they are joined as they come
 };
 
-// A unit's result, a row each: padded_value_dim() sums of weighted values, then the highest score and the sum of weights.
+inline std::size_t span_count(std::size_t begin, std::size_t end) {
+    return end > begin ? (end - begin + kSpanTokens - 1) / kSpanTokens : 1;
+}
+
+// A result, a row each: padded_value_dim() sums of weighted values, then the highest score and the sum of weights.
 // Scores are powers of two.
 inline std::size_t result_stride(const CacheLayout& layout) {
     return layout.padded_value_dim() + CacheLayout::kTokens;
@@ -94,18 +101,20 @@ struct AttentionKernels {
     // Writes the keys and values of the new tokens that lie in a block of the cache.
     void (*append)(const AttentionCall&, std::size_t block, std::size_t kv_head, float* scratch);
     void (*attend)(const AttentionCall&, const VisibleRange* mask, const AttentionUnit&, float* scratch, float* result);
-    // Joins the results of a tile's spans, [spans][rows], and writes the rows of the output.
-    void (*finish)(const AttentionCall&, const AttentionUnit&, const float* results, std::size_t spans);
+    // Joins the results of a tile, [count][rows], into the first, and writes the rows of the output.
+    void (*finish)(const AttentionCall&, const AttentionUnit&, float* results, std::size_t count);
 };
 
-// The whole operation, on all threads.
-void cached_attention(const AttentionCall& call, const AttentionKernels& kernels);
+// The whole operation for several sequences, whose caches have nothing in common, on all threads. All calls are of the
+// same heads, layout and attributes; with masks there is one call.
+void cached_attention(const AttentionCall* calls, std::size_t count, const AttentionKernels& kernels);
 
-// Floats of scratch memory that append and attend take: rows being prepared, queries, scores, weights, scales.
+// Floats of scratch memory that append and attend take: rows being prepared, queries, scores, weights, scales, and the
+// results of a span before they are joined.
 inline std::size_t attention_scratch(const CacheLayout& layout) {
     const auto lanes = CacheLayout::kTokens;
     return 2 * (layout.head_dim + lanes) + layout.value_dim + lanes + kTileRows * layout.head_dim +
-           kStepTokens * (2 * kGroupRows + 1);
+           kStepTokens * (2 * kGroupRows + 1) + kTileRows * result_stride(layout);
 }
 
 }  // namespace edgert

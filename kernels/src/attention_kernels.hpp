@@ -1,7 +1,7 @@
 // CachedAttention for one instruction set S (simd_*.hpp): a unit of work from its queries to its results.
 //
 // The work is divided by positions alone and joined in order, so results do not depend on the number of threads; nor on
-// the instruction set, which only says how many rows share a look at the cache.
+// what other rows there are, nor on the instruction set, which only says how many rows share a look at the cache.
 
 #pragma once
 
@@ -11,11 +11,33 @@
 namespace edgert {
 namespace {
 
+// Joins what a row gave in one more span to what it gave in the spans before. One in which it saw nothing changes nothing.
+template <class S>
+void join_row(std::size_t padded, float* joined, const float* more) {
+    auto& highest = joined[padded];
+    auto& sum = joined[padded + 1];
+    if (more[padded + 1] == 0.0f)
+        return;
+    if (sum == 0.0f) {
+        std::memcpy(joined, more, (padded + 2) * sizeof(float));
+        return;
+    }
+    const auto now = highest > more[padded] ? highest : more[padded];
+    const auto before = exp2_negative_one<S>(highest - now);
+    const auto weight = exp2_negative_one<S>(more[padded] - now);
+    for (std::size_t dim = 0; dim < padded; dim += kWide) {
+        const auto scaled = S::mul(S::load(joined + dim), S::set1(before));
+        S::store(joined + dim, S::fma(S::load(more + dim), S::set1(weight), scaled));
+    }
+    highest = now;
+    sum = sum * before + more[padded + 1] * weight;
+}
+
 // One unit of work for one precision of the cache.
 template <class S, class Cache>
 class Unit {
 public:
-    Unit(const AttentionCall& call, const VisibleRange* mask, const AttentionUnit& unit, float* scratch, float* result)
+    Unit(const AttentionCall& call, const VisibleRange* mask, const AttentionUnit& unit, float* scratch)
         : m_call(call),
           m_unit(unit),
           m_stride(call.kv_heads * call.layout.bytes()),
@@ -24,8 +46,7 @@ public:
           m_queries(reinterpret_cast<std::uint8_t*>(m_row + 2 * whole_lanes(call.layout.head_dim))),
           m_scores(m_row + 2 * whole_lanes(call.layout.head_dim) + unit.rows * call.layout.head_dim),
           m_weights(reinterpret_cast<std::uint8_t*>(m_scores + kGroupRows * kStepTokens)),
-          m_scales(m_scores + 2 * kGroupRows * kStepTokens),
-          m_result(result) {
+          m_scales(m_scores + 2 * kGroupRows * kStepTokens) {
         for (std::size_t i = 0; i < unit.rows; ++i) {
             auto& row = m_rows[i];
             row.token = (unit.first + i) / call.group();
@@ -33,18 +54,22 @@ public:
             VisibleRange sees{0, call.causal ? call.past + row.token + 1 : call.total(), true};
             if (mask != nullptr)
                 sees = mask[call.mask_row(row.token, row.head) / call.total()];
-            row.begin = sees.begin > unit.begin ? sees.begin : unit.begin;
-            row.end = sees.end < unit.end ? sees.end : unit.end;
-            row.plain = sees.plain;
+            m_sees[i] = sees;
         }
+        groups([&](auto size, std::size_t i) { put_queries<decltype(size)::value>(i); });
     }
 
-    // `careful`: weights of zero keep NaN and Inf out, which multiplication would not. i8 has neither.
-    void run(bool careful) {
-        std::size_t begin = m_unit.end;
-        std::size_t end = m_unit.begin;
+    // Results over [span_begin, span_end). `careful`: weights of zero keep NaN and Inf out, which multiplication would not.
+    // i8 has neither.
+    void run(std::size_t span_begin, std::size_t span_end, float* results, bool careful) {
+        m_result = results;
+        std::size_t begin = span_end;
+        std::size_t end = span_begin;
         for (std::size_t i = 0; i < m_unit.rows; ++i) {
             auto& row = m_rows[i];
+            row.begin = m_sees[i].begin > span_begin ? m_sees[i].begin : span_begin;
+            row.end = m_sees[i].end < span_end ? m_sees[i].end : span_end;
+            row.plain = m_sees[i].plain;
             row.highest = -kInfinity;
             row.sum = 0.0f;
             std::memset(result(i), 0, m_values * sizeof(float));
@@ -58,11 +83,7 @@ public:
             const auto last = position + kStepTokens < end ? position + kStepTokens : end;
             if constexpr (Cache::kIntegers)
                 copy_scales(position, last);
-            groups([&](auto size, std::size_t i) {
-                if (position == first)
-                    put_queries<decltype(size)::value>(i);
-                step<decltype(size)::value>(i, position, last, careful);
-            });
+            groups([&](auto size, std::size_t i) { step<decltype(size)::value>(i, position, last, careful); });
         }
         for (std::size_t i = 0; i < m_unit.rows; ++i) {
             result(i)[m_values] = m_rows[i].highest;
@@ -252,18 +273,29 @@ private:
     float* const m_scores;  // [kGroupRows][kStepTokens]
     std::uint8_t* const m_weights;
     float* const m_scales;  // of values, [kStepTokens]
-    float* const m_result;
+    float* m_result = nullptr;
     Row m_rows[kTileRows];
+    VisibleRange m_sees[kTileRows];
     RowFactors m_query_factors[kTileRows];
 };
 
 template <class S, class Cache>
 void attend_with(const AttentionCall& call, const VisibleRange* mask, const AttentionUnit& work, float* scratch, float* result) {
-    Unit<S, Cache> unit(call, mask, work, scratch, result);
-    unit.run(false);
-    if constexpr (!Cache::kIntegers) {
-        if (unit.has_nan())
-            unit.run(true);
+    Unit<S, Cache> unit(call, mask, work, scratch);
+    const auto stride = result_stride(call.layout);
+    auto* const spare = scratch + attention_scratch(call.layout) - kTileRows * stride;
+    const auto spans = span_count(work.begin, work.end);
+    for (std::size_t s = 0; s < spans; ++s) {
+        const auto begin = work.begin + s * kSpanTokens;
+        const auto end = begin + kSpanTokens < work.end ? begin + kSpanTokens : work.end;
+        auto* const own = work.apart ? result + s * work.rows * stride : s == 0 ? result : spare;
+        unit.run(begin, end, own, false);
+        if constexpr (!Cache::kIntegers) {
+            if (unit.has_nan())
+                unit.run(begin, end, own, true);
+        }
+        for (std::size_t i = 0; own == spare && i < work.rows; ++i)
+            join_row<S>(call.layout.padded_value_dim(), result + i * stride, spare + i * stride);
     }
 }
 
@@ -277,7 +309,7 @@ void attend(const AttentionCall& call, const VisibleRange* mask, const Attention
 }
 
 template <class S>
-void finish_rows(const AttentionCall& call, const AttentionUnit& unit, const float* results, std::size_t spans) {
+void finish_rows(const AttentionCall& call, const AttentionUnit& unit, float* results, std::size_t count) {
     const auto padded = call.layout.padded_value_dim();
     const auto stride = result_stride(call.layout);
     for (std::size_t i = 0; i < unit.rows; ++i) {
@@ -285,31 +317,25 @@ void finish_rows(const AttentionCall& call, const AttentionUnit& unit, const flo
         const auto out_of = [&](std::size_t row) { return call.output((unit.first + row) / call.group(), head_of(row)); };
         if (i + kAhead < unit.rows)
             prefetch_row<S>(out_of(i + kAhead), call.layout.value_dim);
-        const auto head = head_of(i);
         auto* const out = out_of(i);
-        const auto span = [&](std::size_t s) { return results + (s * unit.rows + i) * stride; };
-        const auto sink = call.sinks != nullptr ? call.sinks[head] * kLog2E : -kInfinity;
-        auto highest = sink;
-        bool seen = false;
-        for (std::size_t s = 0; s < spans; ++s) {
-            seen = seen || span(s)[padded + 1] != 0.0f;
-            highest = span(s)[padded] > highest ? span(s)[padded] : highest;
-        }
-        if (!seen) {
+        auto* const result = results + i * stride;
+        for (std::size_t n = 1; n < count; ++n)
+            join_row<S>(padded, result, result + n * unit.rows * stride);
+        const auto highest = result[padded];
+        auto sum = result[padded + 1];
+        if (sum == 0.0f) {
             std::memset(out, 0, call.layout.value_dim * sizeof(float));
             continue;
         }
-        float weights[kMaxSpans];
-        auto sum = call.sinks != nullptr ? exp2_negative_one<S>(sink - highest) : 0.0f;
-        for (std::size_t s = 0; s < spans; ++s) {
-            weights[s] = exp2_negative_one<S>(span(s)[padded] - highest);
-            sum += span(s)[padded + 1] * weights[s];
+        auto weight = 1.0f;
+        if (call.sinks != nullptr) {
+            const auto sink = call.sinks[head_of(i)] * kLog2E;
+            const auto now = highest > sink ? highest : sink;
+            weight = exp2_negative_one<S>(highest - now);
+            sum = exp2_negative_one<S>(sink - now) + sum * weight;
         }
         for (std::size_t dim = 0; dim < padded; dim += kWide) {
-            auto joined = S::set1(0.0f);
-            for (std::size_t s = 0; s < spans; ++s)
-                joined = S::fma(S::load(span(s) + dim), S::set1(weights[s]), joined);
-            joined = S::div(joined, S::set1(sum));
+            const auto joined = S::div(S::fma(S::load(result + dim), S::set1(weight), S::set1(0.0f)), S::set1(sum));
             if (dim + kWide <= call.layout.value_dim) {
                 S::store(out + dim, joined);
             } else {

@@ -1,11 +1,11 @@
 #include "cached_attention.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <limits>
 #include <ostream>
 
-#include "attention.hpp"
 #include "dispatch.hpp"
 
 namespace edgert {
@@ -16,6 +16,7 @@ constexpr std::int64_t kMaxHeads = 4096;
 constexpr std::int64_t kMaxDim = 1024;  // products of 15-bit queries and 8-bit keys add up within 32 bits
 
 enum Input { kQkv, kCache, kPast, kMask, kCos, kSin, kQueryNorm, kKeyNorm, kSinks };
+constexpr std::size_t kSequence = 3;  // numbers about one: new tokens, past ones, first block
 constexpr const char* kNames[] = {"qkv", "cache", "past", "mask", "cos", "sin", "q_norm", "k_norm", "sinks"};
 
 constexpr std::int64_t kAny = -1;
@@ -102,9 +103,9 @@ bool find_precision(const std::string& name, CachePrecision& found) {
     return true;
 }
 
-std::int64_t scalar(const ov::Tensor& tensor) {
-    return tensor.get_element_type() == ov::element::i64 ? *tensor.data<const std::int64_t>()
-                                                         : *tensor.data<const std::int32_t>();
+std::int64_t number(const ov::Tensor& tensor, std::size_t at) {
+    return tensor.get_element_type() == ov::element::i64 ? tensor.data<const std::int64_t>()[at]
+                                                         : tensor.data<const std::int32_t>()[at];
 }
 
 }  // namespace
@@ -136,6 +137,7 @@ void CachedAttention::check_attributes() const {
     check(a.rope.empty() || a.rope == "half", "rope", a.rope, "empty or half");
     check(a.norm.empty() || a.norm == "rms", "norm", a.norm, "empty or rms");
     check(!(a.causal && a.mask), "causal", a.causal, "false where there is a mask");
+    check(!(a.batched && a.mask), "batched", a.batched, "false where there is a mask");
 }
 
 CacheLayout CachedAttention::layout() const {
@@ -181,7 +183,7 @@ std::int64_t CachedAttention::check_inputs(std::size_t count, const Shape& shape
             wanted = {kAny, a.kv_heads, static_cast<std::int64_t>(layout().bytes())};
             break;
         case kPast:
-            wanted = {1};
+            wanted = a.batched ? Dims{kAny, static_cast<std::int64_t>(kSequence)} : Dims{1};
             break;
         case kMask:
             wanted = {1, shape[1] == 1 ? 1 : a.heads, shape[2] == 1 ? 1 : tokens, total};
@@ -237,6 +239,7 @@ bool CachedAttention::visit_attributes(ov::AttributeVisitor& visitor) {
     visitor.on_attribute("causal", m_attributes.causal);
     visitor.on_attribute("mask", m_attributes.mask);
     visitor.on_attribute("sinks", m_attributes.sinks);
+    visitor.on_attribute("batched", m_attributes.batched);
     return true;
 }
 
@@ -250,22 +253,71 @@ bool CachedAttention::has_evaluate() const {
     return true;
 }
 
+std::vector<AttentionCall> CachedAttention::sequences(const ov::Tensor& past, AttentionCall call, std::size_t blocks) const {
+    struct Part {
+        std::size_t begin;
+        std::size_t end;
+    };
+    const auto count = past.get_shape()[0];
+    std::vector<AttentionCall> calls;
+    std::vector<Part> parts;
+    calls.reserve(count);
+    parts.reserve(count);
+    auto left = call.tokens;
+    for (std::size_t i = 0; i < count; ++i) {
+        const auto fresh = number(past, i * kSequence);
+        const auto old = number(past, i * kSequence + 1);
+        const auto first = number(past, i * kSequence + 2);
+        OPENVINO_ASSERT(fresh >= 1 && static_cast<std::size_t>(fresh) <= left, "CachedAttention ", get_friendly_name(),
+                        ": sequence ", i, " has ", fresh, " new tokens, expected 1 to the ", left, " that are left");
+        const auto room = first >= 0 && static_cast<std::size_t>(first) <= blocks
+                              ? (blocks - static_cast<std::size_t>(first)) * CacheLayout::kTokens
+                              : 0;
+        OPENVINO_ASSERT(old >= 0 && static_cast<std::size_t>(old) <= room &&
+                            static_cast<std::size_t>(fresh) <= room - static_cast<std::size_t>(old),
+                        "CachedAttention ", get_friendly_name(), ": sequence ", i, ": past ", old, " and ", fresh,
+                        " new tokens do not fit the cache of ", blocks, " blocks from block ", first);
+        call.tokens = static_cast<std::size_t>(fresh);
+        call.past = static_cast<std::size_t>(old);
+        calls.push_back(call);
+        calls.back().cache = call.block(static_cast<std::size_t>(first), 0);
+        const auto begin = static_cast<std::size_t>(first);
+        parts.push_back({begin, begin + (call.total() - 1) / CacheLayout::kTokens + 1});
+        call.qkv += call.tokens * call.width();
+        call.out += call.tokens * call.heads * call.layout.value_dim;
+        if (call.rope_dims > 0) {
+            call.cosine += call.tokens * call.rope_dims;
+            call.sine += call.tokens * call.rope_dims;
+        }
+        left -= call.tokens;
+    }
+    OPENVINO_ASSERT(left == 0, "CachedAttention ", get_friendly_name(), ": the last ", left, " rows are of no sequence");
+    std::sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.begin < b.begin; });
+    for (std::size_t i = 1; i < count; ++i)
+        OPENVINO_ASSERT(parts[i - 1].end <= parts[i].begin, "CachedAttention ", get_friendly_name(),
+                        ": two sequences have block ", parts[i].begin, " of the cache");
+    return calls;
+}
+
 bool CachedAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector& tensors) const {
     // With dynamic dimensions the shapes are known only here, and a wrong one would read or write past a tensor's end.
     const auto& a = m_attributes;
-    OPENVINO_ASSERT(tensors.size() == inputs().count && tensors[0].get_shape().size() == 3 && tensors[2].get_size() == 1,
+    OPENVINO_ASSERT(tensors.size() == inputs().count && tensors[0].get_shape().size() == 3 &&
+                        (a.batched || tensors[2].get_size() == 1),
                     "CachedAttention ", get_friendly_name(), ": wrong number or rank of inputs");
-    const auto past = scalar(tensors[2]);
     const auto tokens = tensors[0].get_shape()[1];
-    const auto room = tensors[1].get_shape().empty() ? 0 : tensors[1].get_shape()[0] * CacheLayout::kTokens;
-    OPENVINO_ASSERT(past >= 0 && static_cast<std::size_t>(past) <= room && tokens <= room - static_cast<std::size_t>(past),
+    const auto blocks = tensors[1].get_shape().empty() ? 0 : tensors[1].get_shape()[0];
+    const auto room = blocks * CacheLayout::kTokens;
+    const auto past = a.batched ? 0 : number(tensors[2], 0);
+    OPENVINO_ASSERT(a.batched || (past >= 0 && static_cast<std::size_t>(past) <= room &&
+                                  tokens <= room - static_cast<std::size_t>(past)),
                     "CachedAttention ", get_friendly_name(), ": past ", past, " and ", tokens,
                     " new tokens do not fit the cache of ", room, " tokens");
     check_inputs(
         tensors.size(), [&](std::size_t i) -> const ov::Shape& { return tensors[i].get_shape(); },
         [&](std::size_t i) { return tensors[i].get_element_type(); }, past + static_cast<std::int64_t>(tokens));
     outputs[0].set_shape({1, tokens, static_cast<std::size_t>(a.heads * a.value_dim)});
-    if (tokens == 0)
+    if (tokens == 0 && !a.batched)
         return true;
 
     AttentionCall call{};
@@ -303,7 +355,12 @@ bool CachedAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector
     }
     if (a.sinks)
         call.sinks = next->data<const float>();
-    cached_attention(call, *kernels().attention);
+    if (!a.batched) {
+        cached_attention(&call, 1, *kernels().attention);
+        return true;
+    }
+    const auto calls = sequences(tensors[2], call, blocks);
+    cached_attention(calls.data(), calls.size(), *kernels().attention);
     return true;
 }
 

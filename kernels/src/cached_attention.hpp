@@ -1,8 +1,9 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
-#include "attention_layout.hpp"
+#include "attention.hpp"
 #include "openvino/op/op.hpp"
 
 namespace edgert {
@@ -11,7 +12,7 @@ namespace edgert {
 //
 //   inputs   qkv     f32 [1, M, (H + HK) * D + HK * DV]: every query head, then key heads, then value heads
 //            cache   u8 [blocks, HK, bytes of a block] (attention_layout.hpp), WRITTEN IN PLACE: rows past .. past + M - 1
-//            past    i64 or i32 [1], tokens in the cache already
+//            past    i64 or i32 [1], tokens in the cache already; iff batched: [S, 3], see below
 //            mask    iff mask:    f32 (added; -30000 and less hides) or boolean/u8 (true: may see), [1, 1 or H, 1 or M, past + M]
 //            cos     iff rope:    f32 [1, M, R], R even, R <= D: the first R dims of each head of q and k are rotated
 //            sin     iff rope:    f32 [1, M, R]
@@ -21,7 +22,12 @@ namespace edgert {
 //   output   f32 [1, M, H * DV]; a row that sees nothing is zero
 //
 // The attributes are those of `Attributes`, by the same names. Query head h reads kv head h / (H / HK). A head whose key
-// or value holds NaN or Inf makes every row that sees it NaN.
+// or value holds NaN or Inf makes every row that sees it NaN. What a row gives depends, to the bit, on its own query and the
+// keys and values that it sees, not on the other rows of the call.
+//
+// Iff batched, the M tokens are those of S sequences, one after the other, and each row of `past` is about one: how many
+// tokens are new (1 and more, M in all), how many are in the cache already, and the first block of its own part of the
+// cache. Parts have nothing in common; blocks that belong to no sequence of the call are left alone. Without mask.
 class CachedAttention : public ov::op::Op {
 public:
     OPENVINO_OP("CachedAttention", "edgert");
@@ -40,6 +46,7 @@ public:
         bool causal = false;  // only without mask: token m sees 0 .. past + m
         bool mask = false;
         bool sinks = false;
+        bool batched = false;
     };
 
     CachedAttention() = default;
@@ -60,6 +67,8 @@ private:
         int which[9];
     };
     Inputs inputs() const;  // which there are
+    // A call for each sequence, all of them checked: [past, past + tokens) lies in its part of the cache.
+    std::vector<AttentionCall> sequences(const ov::Tensor& past, AttentionCall call, std::size_t blocks) const;
     CacheLayout layout() const;
 
     Attributes m_attributes;

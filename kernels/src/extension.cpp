@@ -5,11 +5,9 @@
 #include "openvino/core/extension.hpp"
 #include "openvino/core/op_extension.hpp"
 #include "quantized_linear.hpp"
-#include "rms_norm.hpp"
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({
     std::make_shared<ov::OpExtension<edgert::CachedAttention>>(),
     std::make_shared<ov::OpExtension<edgert::EmbeddingLookup>>(),
     std::make_shared<ov::OpExtension<edgert::QuantizedLinear>>(),
-    std::make_shared<ov::OpExtension<edgert::RMSNorm>>(),
 }));

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from worker_client import Inside, load_of
 
 import edgert
 from edgert.errors import ContextOverflowError, EmptyPromptError, PlanError, UsageError
+from edgert.service.protocol import Cancel, Embed, Ready, Vectors
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +107,36 @@ def test_a_model_that_says_something_else_when_cut_stays_whole(
     assert len(bundle.graph.blocks) == 1
     assert "cut at every boundary: relative error" in str(bundle.graph.reason)
     assert edgert.load(bundle.path).generate("A bundle", max_tokens=2).tokens
+
+
+def test_a_worker_embeds_the_same(encoder: edgert.Model) -> None:
+    worker = Inside(load_of(encoder.bundle.path, device="CPU@f32"))
+    ready = worker.wait_for(Ready)
+    assert (ready.task, ready.hidden_size, ready.batched) == ("encoder", encoder.facts.hidden_size, False)
+    texts = ["The quick brown fox", "a model"]
+    worker.send(Embed(1, texts))
+    worker.send(Embed(2, texts[:1]))
+    worker.send(Embed(3, ["fine", ""]))
+    worker.send(Embed(4, ["model " * 5000]))
+    worker.send(Cancel(5))
+    short, long = (worker.wait_for(Vectors) for _ in range(2))
+    assert (short.id, long.id) == (2, 1)  # a text each in turn
+    np.testing.assert_allclose(long.vectors, encoder.embed(texts), atol=1e-6)
+    assert short.vectors == long.vectors[:1]
+    assert long.prompt_tokens == sum(len(encoder.tokenizer.encode(text)) for text in texts)
+    number = worker.start("x")
+    worker.finish(number)
+    while len(worker.refused) < 3:
+        worker.read()
+    kinds = {id: refused.kind for id, refused in worker.refused.items()}
+    assert kinds == {3: "EmptyPromptError", 4: "ContextOverflowError", number: "UsageError"}
+    assert worker.end() == 0
+
+
+def test_a_worker_runs_an_onnx_bundle(onnx_model: edgert.Model) -> None:
+    worker = Inside(load_of(onnx_model.bundle.path))
+    assert worker.wait_for(Ready).plans[0].units == ["ORT"]
+    prompts = ["The quick brown", "A bundle holds"]
+    ids = [worker.start(prompt, sampling={"max_tokens": 6}) for prompt in prompts]
+    assert worker.finish(*ids) == [onnx_model.generate(prompt, max_tokens=6).text for prompt in prompts]
+    assert worker.end() == 0

@@ -1,0 +1,71 @@
+"""What the power policy asks of one worker while it runs: another plan, another pace."""
+
+from __future__ import annotations
+
+from edgert.service.contract import PlacedBlocks
+from edgert.service.events import EventLog
+from edgert.service.protocol import Pace, PlanOffer, PlanUsed, Ready, UsePlan
+from edgert.service.workers import Worker
+
+_PACE_STEP = 0.02  # smaller changes are not worth a message
+
+
+class Steering:
+    """The plan and the pace of one model's worker.
+
+    Attributes:
+        plan: the name of the one in use; empty while nothing is.
+    """
+
+    def __init__(self, name: str, events: EventLog) -> None:
+        self._name = name
+        self._events = events
+        self._offers: list[PlanOffer] = []
+        self._asked: str | None = None
+        self._pace = 1.0
+        self.plan = ""
+
+    def begin(self, ready: Ready) -> None:
+        """Another worker is usable."""
+        self._offers, self._asked, self._pace = list(ready.plans), None, 1.0
+        self.plan = ready.plan
+
+    @property
+    def offers(self) -> list[PlanOffer]:
+        """Plans that it can be switched to, without those that it has refused."""
+        return self._offers
+
+    @property
+    def units(self) -> list[str]:
+        """The hardware of the plan in use."""
+        return next((offer.units for offer in self._offers if offer.name == self.plan), [])
+
+    @property
+    def blocks(self) -> tuple[PlacedBlocks, ...]:
+        """Where blocks run."""
+        rows = next((offer.blocks for offer in self._offers if offer.name == self.plan), [])
+        return tuple(
+            PlacedBlocks(row["phase"], row["first"], row["last"], row["device"], dict(row["kinds"])) for row in rows
+        )
+
+    def use_plan(self, worker: Worker, name: str) -> None:
+        """Ask for a plan, unless it is in use, was asked for, or is none that is offered."""
+        if name not in (self.plan, self._asked) and any(offer.name == name for offer in self._offers):
+            self._asked = name
+            worker.send(UsePlan(name))
+
+    def set_pace(self, worker: Worker, share: float) -> None:
+        """Ask for a share of the time, unless it is nearly the one in force."""
+        if abs(share - self._pace) > _PACE_STEP or (share == 1.0) != (self._pace == 1.0):
+            self._pace = share
+            worker.send(Pace(share))
+
+    def used(self, message: PlanUsed) -> None:
+        """The worker's answer about a plan."""
+        self._asked = None
+        if message.error is not None:
+            self._offers = [offer for offer in self._offers if offer.name != message.name]
+            self._events.add("plan", self._name, f"no switch to plan {message.name}: {message.error}")
+        elif message.name != self.plan:
+            self._events.add("plan", self._name, f"plan {message.name} instead of {self.plan}")
+            self.plan = message.name
