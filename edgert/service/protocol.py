@@ -303,7 +303,7 @@ Message = (
     Load | Start | Embed | Cancel | Ping | UsePlan | Pace | Drop | Stop
     | Ready | Started | Step | Vectors | Refused | Pong | PlanUsed | Dropped | Failed
 )  # fmt: skip
-_KINDS: dict[str, type[Any]] = {cls.__name__: cls for cls in Message.__args__}  # type: ignore[attr-defined]
+_KINDS: dict[str, type[Any]] = {cls.__name__: cls for cls in Message.__args__}
 
 
 def encode(message: Message) -> bytes:
