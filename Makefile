@@ -43,8 +43,9 @@ demo: $(DEMO)/manifest.json
 	$(BIN)/edgert plan $(DEMO)
 	$(BIN)/edgert run $(DEMO) "It was a dark night, and" --max-tokens 120
 
+# Two files at a time: most tests use one core.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Only the kernels are instrumented, so Python must be given the sanitizers' runtime before all else, and libstdc++ with
 # it, whose exceptions it watches. TBB would load its helper in a way that the runtime refuses. Leaks are not looked for:

@@ -174,7 +174,7 @@ def take_picture(path: Path) -> None:
 if __name__ == "__main__":
     import uvicorn
 
-    from edgert.service.app import create_app
+    from edgert.service.api.app import create_app
     from edgert.service.settings import Settings
 
     if sys.argv[1:2] == ["--picture"]:

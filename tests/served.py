@@ -11,7 +11,7 @@ from pathlib import Path
 import uvicorn
 from fake_service import FakeService
 
-from edgert.service.app import create_app
+from edgert.service.api.app import create_app
 from edgert.service.settings import Settings
 
 KEY = "correct horse battery staple"

@@ -16,7 +16,7 @@ from dataclasses import replace
 from fake_service import USAGE, FakeService
 
 from edgert.service.contract import Delta, Request
-from edgert.service.serve import run
+from edgert.service.daemon.serve import run
 from edgert.service.settings import Settings, read
 
 HEAVY = ("numpy", "openvino", "tokenizers", "rich", "psutil", "jinja2", "pydantic")

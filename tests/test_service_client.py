@@ -28,7 +28,7 @@ from edgert.errors import (
     WorkerError,
 )
 from edgert.service.contract import Delta, Health, ServiceEvent
-from edgert.service.sockets import Lock
+from edgert.service.daemon.sockets import Lock
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Unix sockets")
 SERVICE = FakeService(

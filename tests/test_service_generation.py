@@ -24,9 +24,9 @@ from edgert.errors import (
     SamplingError,
     UsageError,
 )
-from edgert.service.generation import Generation, Language, Thoughts
-from edgert.service.grammar import Grammars
 from edgert.service.protocol import Piece, Start
+from edgert.service.worker.generation import Generation, Language, Thoughts
+from edgert.service.worker.grammar import Grammars
 from edgert.text import Tokenizer
 
 TEMPLATE = (

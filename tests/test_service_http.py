@@ -23,7 +23,7 @@ from hypothesis import settings as examples
 from served import KEY, serving
 from starlette.types import Message
 
-from edgert.service.app import create_app
+from edgert.service.api.app import create_app
 from edgert.service.contract import Delta, Health, ServiceEvent
 from edgert.service.settings import Settings
 
@@ -227,7 +227,7 @@ def test_the_dashboard_is_served_as_it_lies_there(tmp_path: Path, monkeypatch: p
     (tmp_path / "index.html").write_text("<!doctype html>")
     (tmp_path / "a.js").write_text("1")
     (tmp_path / "secret.txt").write_text("2")
-    monkeypatch.setattr("edgert.service.app.DASHBOARD", tmp_path)
+    monkeypatch.setattr("edgert.service.api.app.DASHBOARD", tmp_path)
     for path, kind in (("/", "text/html"), ("/ui/index.html", "text/html"), ("/ui/a.js", "text/javascript")):
         answer = asyncio.run(ask(FakeService(), "GET", path))
         assert answer.status_code == 200
@@ -254,7 +254,7 @@ def test_the_log_has_a_line_a_request(caplog: pytest.LogCaptureFixture, keep: bo
 
 
 def test_nobody_asked_so_nothing_big_is_loaded() -> None:
-    code = "import sys, edgert.service.app; print([m for m in sys.argv[1:] if m in sys.modules])"
+    code = "import sys, edgert.service.api.app; print([m for m in sys.argv[1:] if m in sys.modules])"
     big = ["numpy", "openvino", "tokenizers", "rich", "pydantic", "prometheus_client", "jinja2", "psutil", "httpx"]
     found = subprocess.run([sys.executable, "-c", code, *big], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

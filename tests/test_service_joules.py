@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from edgert.energy import Energy
-from edgert.service.joules import Joules
+from edgert.service.worker.joules import Joules
 
 
 class Machine:

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgert.errors import CacheFullError, UsageError
-from edgert.service.joules import Joules
-from edgert.service.loop import Limits, Loop, Speed, Work, choose
 from edgert.service.protocol import Piece, Refused, Started, Step
+from edgert.service.worker.joules import Joules
+from edgert.service.worker.loop import Limits, Loop, Speed, Work, choose
 
 PREEMPT_US = 100_000.0
 

@@ -15,8 +15,8 @@ from edgert.errors import PlanError, UsageError
 from edgert.placement import Plan
 from edgert.profile import DeviceModel, Profile
 from edgert.service.contract import PlacedBlocks
-from edgert.service.plans import blocks_of, chosen, offers, unit_of_logits, units, without
 from edgert.service.protocol import Load
+from edgert.service.worker.plans import blocks_of, chosen, offers, unit_of_logits, units, without
 
 
 @pytest.fixture

@@ -16,14 +16,14 @@ import pytest
 from fake_worker import text, word
 
 from edgert.errors import BundleError, BusyError, ContextOverflowError, UnknownModelError, WorkerError
-from edgert.service import hosted as hosted_module
-from edgert.service import pool as pool_module
 from edgert.service.contract import Delta, Request, Usage
-from edgert.service.jobs import UNREAD
-from edgert.service.machine import MachineState
-from edgert.service.pool import Pool
-from edgert.service.power import Decision, Loaded, Policy
-from edgert.service.recovery import Patience
+from edgert.service.pool import hosted as hosted_module
+from edgert.service.pool import pool as pool_module
+from edgert.service.pool.jobs import UNREAD
+from edgert.service.pool.pool import Pool
+from edgert.service.pool.recovery import Patience
+from edgert.service.power.machine import MachineState
+from edgert.service.power.policy import Decision, Loaded, Policy
 from edgert.service.settings import ModelSettings, Settings
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
@@ -920,7 +920,7 @@ def test_a_service_without_workers_sets_no_timer(scene: Scene) -> None:
 
 def test_the_server_stays_small() -> None:
     code = (
-        "import asyncio, sys; from edgert.service.pool import Pool;"
+        "import asyncio, sys; from edgert.service.pool.pool import Pool;"
         "print(*sorted({'numpy', 'openvino', 'tokenizers', 'psutil', 'rich', 'jinja2'} & set(sys.modules)))"
     )
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sysfs import Sysfs, meteor_lake
 
-from edgert.service.machine import HOT_S, PERSON_S, MachineReader, MachineState
-from edgert.service.pace import MIN_PACE
-from edgert.service.power import Decision, Loaded, Policy
+from edgert.service.power.machine import HOT_S, PERSON_S, MachineReader, MachineState
+from edgert.service.power.pace import MIN_PACE
+from edgert.service.power.policy import Decision, Loaded, Policy
 from edgert.service.protocol import PlanOffer
 from edgert.service.settings import PowerPolicy, Settings
 

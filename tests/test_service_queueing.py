@@ -6,14 +6,14 @@ import asyncio
 
 import pytest
 
-from edgert.service.events import KEPT, EventLog
-from edgert.service.idle import LONGEST, UNDOING, due_after_s, ladder
-from edgert.service.meter import Meter
+from edgert.service.pool.events import KEPT, EventLog
+from edgert.service.pool.idle import LONGEST, UNDOING, due_after_s, ladder
+from edgert.service.pool.meter import Meter
+from edgert.service.pool.quarantine import FIRST_S, LONGEST_S, Quarantine
+from edgert.service.pool.queueing import FairQueue
+from edgert.service.pool.recovery import Patience, Recovery, culprits, lasting
+from edgert.service.pool.workers import Ended
 from edgert.service.protocol import Failed
-from edgert.service.quarantine import FIRST_S, LONGEST_S, Quarantine
-from edgert.service.queueing import FairQueue
-from edgert.service.recovery import Patience, Recovery, culprits, lasting
-from edgert.service.workers import Ended
 
 
 def all_of(queue: FairQueue[str], now_s: float = 0.0, **how: bool) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from edgert.service import sandbox, scheduling
+from edgert.service.worker import sandbox, scheduling
 from edgert.session import Model
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Landlock and seccomp are Linux's")
@@ -21,7 +21,7 @@ known = pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reas
 ATTEMPTS = """
 import ctypes, json, os, socket, subprocess, sys
 from pathlib import Path
-from edgert.service import sandbox, scheduling
+from edgert.service.worker import sandbox, scheduling
 
 bundle, outside, cache = map(Path, sys.argv[1:4])
 held = sandbox.enter(bundle, starts_processes=sys.argv[4] == "processes")
@@ -83,7 +83,8 @@ def test_what_is_given_up(demo_path: Path, tmp_path: Path, kind: str) -> None:
 @linux
 def test_the_model_still_runs(demo_path: Path, demo: Model, tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from edgert.service import sandbox; sandbox.enter(Path(sys.argv[1]))\n"
+        "import sys; from pathlib import Path; from edgert.service.worker import sandbox\n"
+        "sandbox.enter(Path(sys.argv[1]))\n"
         "import edgert; print(edgert.load(sys.argv[1], device='CPU@f32').generate('Once', max_tokens=4).text)"
     )
     environ = {**os.environ, "EDGERT_CACHE": str(tmp_path)}
@@ -138,7 +139,7 @@ def test_where_there_is_none() -> None:
 @linux
 def test_background_and_back() -> None:
     script = (
-        "import os; from edgert.service import sandbox, scheduling; sandbox.first_to_go()\n"
+        "import os; from edgert.service.worker import sandbox, scheduling; sandbox.first_to_go()\n"
         "for on in (True, False): print(scheduling.set_background(on), os.sched_getscheduler(0))\n"
         "print(open('/proc/self/oom_score_adj').read())"
     )

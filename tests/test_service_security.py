@@ -16,10 +16,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from served import KEY
 
+from edgert.service.api.app import create_app
 from edgert.service.api.errors import RefusedError
 from edgert.service.api.reading import check, parse
-from edgert.service.app import create_app
-from edgert.service.schemas import ChatRequest, CompletionRequest, EmbeddingsRequest, ResponsesRequest
+from edgert.service.api.schemas import ChatRequest, CompletionRequest, EmbeddingsRequest, ResponsesRequest
 from edgert.service.settings import Settings
 
 URL = "http://127.0.0.1:11535"

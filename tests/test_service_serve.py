@@ -17,9 +17,9 @@ import pytest
 from fake_service import FakeService
 
 from edgert.errors import ServiceError
-from edgert.service import keys, serve, sockets
 from edgert.service.contract import Health
-from edgert.service.notify import Notifier
+from edgert.service.daemon import keys, serve, sockets
+from edgert.service.daemon.notify import Notifier
 from edgert.service.settings import Settings
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Unix sockets and signals")
@@ -230,7 +230,7 @@ def test_handed_over_descriptors_are_checked(tmp_path: Path) -> None:
     assert sockets.inherited({"LISTEN_PID": "1", "LISTEN_FDS": "1"}) == []
     assert sockets.inherited({"LISTEN_PID": mine}) == []
     script = "import os; os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')\n" \
-        "from edgert.service import sockets\n" \
+        "from edgert.service.daemon import sockets\n" \
         "try: sockets.inherited(os.environ)\n" \
         "except Exception as e: print(type(e).__name__, e)"  # fmt: skip
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

@@ -17,7 +17,6 @@ from edgert.backends.simulated import Fault, SimulatedBackend
 from edgert.device import DeviceConfig
 from edgert.placement import Plan
 from edgert.sampling import SamplingParams
-from edgert.service import plans
 from edgert.service.protocol import (
     Cancel,
     Drop,
@@ -31,7 +30,8 @@ from edgert.service.protocol import (
     Start,
     UsePlan,
 )
-from edgert.service.serving import Built
+from edgert.service.worker import plans
+from edgert.service.worker.serving import Built
 from edgert.session import Model
 
 PROMPT = "It was a dark night, and the old man"
@@ -225,7 +225,7 @@ def test_a_start_that_was_cancelled_before_it_was_read(demo_path: Path) -> None:
 
 def test_background_work_alone_lets_others_first(demo_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classes: list[bool] = []
-    monkeypatch.setattr("edgert.service.scheduling.set_background", classes.append)
+    monkeypatch.setattr("edgert.service.worker.scheduling.set_background", classes.append)
     client = Inside(load_of(demo_path, device="CPU@f32"))
     behind = client.start(PROMPT, sampling={"max_tokens": 900}, background=True)
     while len(client.pieces[behind]) < 2:

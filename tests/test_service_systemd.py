@@ -15,7 +15,7 @@ import pytest
 from edgert.cli import VerbParser, main
 from edgert.cli.serve import add_settings, settings_of
 from edgert.errors import UsageError
-from edgert.service import systemd
+from edgert.service.daemon import systemd
 from edgert.service.settings import read
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no systemd")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from openai import OpenAI
 from served import KEY, serving
 
-from edgert.service.tools import Call, Found, ListReader, MarkedReader, NamedReader, Reader, required_call
+from edgert.service.api.tools import Call, Found, ListReader, MarkedReader, NamedReader, Reader, required_call
 
 HERMES = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 CASES = {

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from edgert.service.protocol import Load, Message, Piece, Refused, Start, Started, Step, Stop, decode, encode
-from edgert.service.serving import Item, Serving, serve
+from edgert.service.worker.serving import Item, Serving, serve
 
 PATIENCE_S = 60.0
 T = TypeVar("T")

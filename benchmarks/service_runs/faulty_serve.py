@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from edgert import cli
-from edgert.service import pool, serve
+from edgert.service.daemon import serve
+from edgert.service.pool import pool
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("faulty_worker.py")))
 

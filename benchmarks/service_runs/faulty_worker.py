@@ -39,6 +39,6 @@ for number in (signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, lambda got, frame: harm.add(got))
 
 if __name__ == "__main__":
-    from edgert.service import worker  # after the change above
+    from edgert.service.worker import __main__ as worker  # after the change above
 
     sys.exit(worker.main())

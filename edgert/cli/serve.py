@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         print(to_toml(settings, origins), end="")
         return 0
     try:
-        from edgert.service.serve import run as serve
+        from edgert.service.daemon.serve import run as serve
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("edgert"):
             raise

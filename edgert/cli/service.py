@@ -10,7 +10,7 @@ from typing import Any
 
 from edgert.cli.serve import add_settings, settings_of
 from edgert.errors import MissingDependencyError, UsageError
-from edgert.service import systemd
+from edgert.service.daemon import systemd
 
 EPILOG = """\
 examples

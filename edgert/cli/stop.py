@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from edgert.errors import ServiceError, UnreachableError, UsageError
+from edgert.service.daemon.sockets import holder, lock_file
 from edgert.service.settings import read
-from edgert.service.sockets import holder, lock_file
 
 _LOOK_S = 0.05
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgert.service.footprint import machine_bytes
+from edgert.service.pool.footprint import machine_bytes
 
 NONE_WORDS = ("none", "never", "off")
 FOREVER_WORDS = ("forever", "never", "-1")

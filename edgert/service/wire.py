@@ -23,7 +23,7 @@ from edgert.errors import (
     UnreachableError,
     UsageError,
 )
-from edgert.service import keys
+from edgert.service.daemon import keys
 from edgert.service.settings import is_loopback, read
 
 CONNECT_S = 10.0  # systemd holds a connection while it starts the service

@@ -47,7 +47,7 @@ def _model_json(state: State, model: ModelStatus) -> dict[str, Any]:
 
 async def load(http: HttpRequest) -> Response:
     from edgert.service.api.reading import read
-    from edgert.service.schemas import LoadRequest
+    from edgert.service.api.schemas import LoadRequest
 
     state = state_of(http)
     form = await read(http, LoadRequest, state.settings.body_bytes)
@@ -61,7 +61,7 @@ async def load(http: HttpRequest) -> Response:
 
 async def unload(http: HttpRequest) -> Response:
     from edgert.service.api.reading import read
-    from edgert.service.schemas import UnloadRequest
+    from edgert.service.api.schemas import UnloadRequest
 
     state = state_of(http)
     form = await read(http, UnloadRequest, state.settings.body_bytes)
@@ -79,7 +79,7 @@ async def status(http: HttpRequest) -> Response:
 async def metrics(http: HttpRequest) -> Response:
     state = state_of(http)
     text = state.metrics.text()
-    from edgert.service.metrics import CONTENT_TYPE
+    from edgert.service.api.metrics import CONTENT_TYPE
 
     return Response(text, headers={"content-type": CONTENT_TYPE})
 

@@ -9,8 +9,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 
 from edgert.service.api.errors import RefusedError
-from edgert.service.contract import Constraint, Request
-from edgert.service.schemas import (
+from edgert.service.api.schemas import (
     ChatRequest,
     CompletionRequest,
     InputItem,
@@ -19,7 +18,8 @@ from edgert.service.schemas import (
     Sampled,
     StructuredOutputs,
 )
-from edgert.service.tools import parameters, required_call
+from edgert.service.api.tools import parameters, required_call
+from edgert.service.contract import Constraint, Request
 
 # Tokens of thought for OpenAI's words; None for no limit. A word alone says nothing exact; a budget does.
 EFFORTS: Mapping[str, int | None] = {

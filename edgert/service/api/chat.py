@@ -15,11 +15,11 @@ from edgert.errors import EdgertError
 from edgert.service.api import asking, errors, generations
 from edgert.service.api.generations import Numbered
 from edgert.service.api.reading import read
+from edgert.service.api.schemas import ChatRequest
 from edgert.service.api.state import state_of
 from edgert.service.api.streams import Later, Stream
+from edgert.service.api.tools import Call, Found, ListReader, MarkedReader, NamedReader, Reader
 from edgert.service.contract import Delta
-from edgert.service.schemas import ChatRequest
-from edgert.service.tools import Call, Found, ListReader, MarkedReader, NamedReader, Reader
 
 DONE = b"data: [DONE]\n\n"
 

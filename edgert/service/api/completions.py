@@ -16,10 +16,10 @@ from edgert.service.api.chat import DONE, failure
 from edgert.service.api.errors import RefusedError
 from edgert.service.api.generations import Numbered
 from edgert.service.api.reading import read
+from edgert.service.api.schemas import CompletionRequest
 from edgert.service.api.state import state_of
 from edgert.service.api.streams import Later, Stream
 from edgert.service.contract import Delta
-from edgert.service.schemas import CompletionRequest
 
 MAX_GENERATIONS = 64  # of one HTTP request
 

@@ -12,10 +12,10 @@ from starlette.responses import JSONResponse, Response
 from edgert.service.api.asking import client_of
 from edgert.service.api.errors import RefusedError
 from edgert.service.api.reading import read
+from edgert.service.api.schemas import EmbeddingsRequest
 from edgert.service.api.state import State, state_of
 from edgert.service.api.streams import Later
 from edgert.service.contract import Usage
-from edgert.service.schemas import EmbeddingsRequest
 
 
 async def create(http: HttpRequest) -> Response:

@@ -13,7 +13,7 @@ from edgert.service.api.state import Record
 from edgert.service.contract import Delta, Request, Service, Usage
 
 if TYPE_CHECKING:
-    from edgert.service.metrics import Metrics
+    from edgert.service.api.metrics import Metrics
 
 Numbered = tuple[int, Delta]
 

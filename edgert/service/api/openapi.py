@@ -12,7 +12,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from edgert import __version__
-from edgert.service import schemas
+from edgert.service.api import schemas
 from edgert.service.contract import ModelStatus, Status
 
 _REF = "#/components/schemas/{model}"

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from edgert.service.api.errors import RefusedError
 
 if TYPE_CHECKING:
-    from edgert.service.schemas import Asked
+    from edgert.service.api.schemas import Asked
 
 Form = TypeVar("Form", bound="Asked")
 

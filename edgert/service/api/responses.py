@@ -16,10 +16,10 @@ from edgert.service.api import asking, errors, generations
 from edgert.service.api.errors import RefusedError
 from edgert.service.api.generations import Numbered
 from edgert.service.api.reading import read
+from edgert.service.api.schemas import ResponsesRequest
 from edgert.service.api.state import state_of
 from edgert.service.api.streams import Later, Stream
 from edgert.service.contract import Delta, Request, Usage
-from edgert.service.schemas import ResponsesRequest
 
 
 async def create(http: HttpRequest) -> Response:

@@ -13,7 +13,7 @@ from edgert.service.contract import Request, Service, Usage
 from edgert.service.settings import Settings
 
 if TYPE_CHECKING:
-    from edgert.service.metrics import Metrics
+    from edgert.service.api.metrics import Metrics
 
 RECORD = "edgert.record"  # in a request's scope
 
@@ -48,7 +48,7 @@ class State:
 
     @cached_property
     def metrics(self) -> Metrics:
-        from edgert.service.metrics import Metrics  # the first request loads what it needs
+        from edgert.service.api.metrics import Metrics  # the first request loads what it needs
 
         return Metrics(self.service.status)
 

@@ -26,9 +26,10 @@ import uvicorn
 from uvicorn.server import HANDLED_SIGNALS, ServerState
 
 from edgert.errors import EdgertError, ServiceError
-from edgert.service import keys, logs, sockets
+from edgert.service import logs
 from edgert.service.contract import Service
-from edgert.service.notify import Notifier
+from edgert.service.daemon import keys, sockets
+from edgert.service.daemon.notify import Notifier
 from edgert.service.settings import Settings, is_loopback
 
 KEEP_ALIVE_S = (
@@ -144,10 +145,10 @@ async def _serve(
     out: TextIO,
     make: Callable[[Settings], RunningService] | None,
 ) -> None:
-    from edgert.service.app import create_app
+    from edgert.service.api.app import create_app
 
     if make is None:
-        from edgert.service.pool import Pool
+        from edgert.service.pool.pool import Pool
 
         make = Pool
     service = make(settings)
@@ -288,7 +289,7 @@ async def _prepare(service: RunningService, settings: Settings, notifier: Notifi
     failed: list[EdgertError] = []
     if not wanted:
         return
-    from edgert.service.app import warm_up
+    from edgert.service.api.app import warm_up
 
     patience = asyncio.create_task(_ask_for_patience(notifier))
     warming = asyncio.create_task(asyncio.to_thread(warm_up))  # while workers start, and not in the first request

@@ -11,8 +11,8 @@ import numpy as np
 from edgert.bundle import Bundle
 from edgert.errors import DeviceFailedError, DeviceNonsenseError, UsageError
 from edgert.executor import Executor
-from edgert.service.generation import Language
 from edgert.service.protocol import Embed, Vectors
+from edgert.service.worker.generation import Language
 
 
 @dataclass

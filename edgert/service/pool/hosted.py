@@ -8,17 +8,17 @@ from typing import Literal, cast
 
 from edgert.errors import BundleError, EdgertError, WorkerError
 from edgert.service.contract import EnergyProvenance, ModelState, ModelStatus
-from edgert.service.desk import Desk
-from edgert.service.footprint import OVERHEAD, bundle_bytes, resident_bytes
-from edgert.service.jobs import Job, error_of
-from edgert.service.loading import load_message, park_folder
+from edgert.service.pool.desk import Desk
+from edgert.service.pool.footprint import OVERHEAD, bundle_bytes, resident_bytes
+from edgert.service.pool.jobs import Job, error_of
+from edgert.service.pool.loading import load_message, park_folder
+from edgert.service.pool.recovery import FALLBACK_DEVICE, Recovery, culprits, lasting
+from edgert.service.pool.rest import Rest
+from edgert.service.pool.shared import Shared
+from edgert.service.pool.steering import Steering
+from edgert.service.pool.workers import Ended, Worker
 from edgert.service.protocol import Drop, Dropped, Message, PlanUsed, Pong, Ready
-from edgert.service.recovery import FALLBACK_DEVICE, Recovery, culprits, lasting
-from edgert.service.rest import Rest
 from edgert.service.settings import ModelSettings
-from edgert.service.shared import Shared
-from edgert.service.steering import Steering
-from edgert.service.workers import Ended, Worker
 
 _FRESH_S = 15.0  # what a worker said about watts is shown for so long
 

@@ -24,14 +24,14 @@ from edgert.errors import EdgertError
 from edgert.service import logs
 from edgert.service.api import admin
 from edgert.service.api.errors import on_edgert_error, on_http_error, on_other_error
+from edgert.service.api.security import Guard
 from edgert.service.api.state import RECORD, Record, State
 from edgert.service.contract import Service
-from edgert.service.security import Guard
 from edgert.service.settings import Settings
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
-DASHBOARD = Path(__file__).parent / "dashboard"
+DASHBOARD = Path(__file__).parents[1] / "dashboard"
 CLIENT_GONE = 499  # nginx's number for it; only in metrics and logs, as nobody is there to be answered
 _TYPES = {
     ".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",

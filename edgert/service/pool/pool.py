@@ -22,19 +22,19 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 import edgert
 from edgert.errors import EdgertError, WorkerError
 from edgert.service.contract import Delta, Embeddings, Health, ModelStatus, Request, Status
-from edgert.service.events import Subscription
-from edgert.service.footprint import machine_bytes
-from edgert.service.hosted import Hosted
-from edgert.service.jobs import Embedding, Generation
-from edgert.service.machine import MachineReader, MachineState
-from edgert.service.names import Names
-from edgert.service.power import Loaded, Policy
-from edgert.service.recovery import Patience
-from edgert.service.room import make_room, shrink
+from edgert.service.pool.events import Subscription
+from edgert.service.pool.footprint import machine_bytes
+from edgert.service.pool.hosted import Hosted
+from edgert.service.pool.jobs import Embedding, Generation
+from edgert.service.pool.names import Names
+from edgert.service.pool.recovery import Patience
+from edgert.service.pool.room import make_room, shrink
+from edgert.service.pool.shared import Shared
+from edgert.service.power.machine import MachineReader, MachineState
+from edgert.service.power.policy import Loaded, Policy
 from edgert.service.settings import Settings
-from edgert.service.shared import Shared
 
-_log = logging.getLogger("edgert.service.pool")
+_log = logging.getLogger("edgert.service.pool.pool")
 MEMORY_SHARE = 0.6  # of the machine's
 POWER_S = 5.0  # between two looks at the machine
 ANSWER_S = 1.0  # a loop without work answers within this

@@ -10,8 +10,8 @@ from typing import Any
 
 from edgert.errors import PlanError
 from edgert.folders import cache_folder
+from edgert.service.pool.recovery import FALLBACK_DEVICE
 from edgert.service.protocol import Load
-from edgert.service.recovery import FALLBACK_DEVICE
 from edgert.service.settings import ModelSettings, Settings
 
 

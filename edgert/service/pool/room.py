@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgert.errors import WorkerError
-from edgert.service.hosted import Hosted
-from edgert.service.shared import Shared
+from edgert.service.pool.hosted import Hosted
+from edgert.service.pool.shared import Shared
 
 
 def make_room(newcomer: Hosted, models: Sequence[Hosted], shared: Shared) -> bool:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 from edgert.errors import BusyError, EdgertError, WorkerError
 from edgert.service.contract import Embeddings, EnergyProvenance
-from edgert.service.jobs import Embedding, Generation, Job, refusal
-from edgert.service.meter import Meter
+from edgert.service.pool.jobs import Embedding, Generation, Job, refusal
+from edgert.service.pool.meter import Meter
+from edgert.service.pool.queueing import FairQueue
+from edgert.service.pool.recovery import POISON_AFTER, SUSPECT_AFTER
+from edgert.service.pool.shared import Shared
+from edgert.service.pool.workers import Worker
 from edgert.service.protocol import Cancel, Message, Piece, Refused, Started, Step, Vectors
-from edgert.service.queueing import FairQueue
-from edgert.service.recovery import POISON_AFTER, SUSPECT_AFTER
-from edgert.service.shared import Shared
-from edgert.service.workers import Worker
 
 _USUAL_S = 5.0  # a request's time, where none has ended yet
 _WEIGHT = 0.2  # of the newest request, in the running mean of their times

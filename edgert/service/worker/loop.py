@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from edgert.errors import CacheFullError, DeviceError, DeviceFailedError, UsageError
-from edgert.service.generation import Generation
-from edgert.service.prefixes import Prefixes
 from edgert.service.protocol import Piece, Refused, Started, Step
+from edgert.service.worker.generation import Generation
+from edgert.service.worker.prefixes import Prefixes
 
 if TYPE_CHECKING:
     from edgert.batch import Lane, Lanes
-    from edgert.service.joules import Joules
+    from edgert.service.worker.joules import Joules
 
 MARGIN = 0.75  # of the time for a background prompt: the next chunk is dearer than the last one was
 SLACK = 16  # idle caches leave this part of the budget free: a full one is costly to keep in order

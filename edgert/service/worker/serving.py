@@ -20,14 +20,15 @@ from queue import Empty, SimpleQueue
 
 from edgert.energy import find_meters
 from edgert.errors import DeviceError, EdgertError, UsageError
-from edgert.service import parking, protocol, scheduling
-from edgert.service.embedding import Embedder, Texts, tokenized
-from edgert.service.generation import Generation
-from edgert.service.joules import Joules
-from edgert.service.loaded import OnPlan, language_of, open_bundle, put_on
-from edgert.service.loop import Limits, Loop
-from edgert.service.plans import chosen, offers, units
+from edgert.service import protocol
 from edgert.service.protocol import Load, Message
+from edgert.service.worker import parking, scheduling
+from edgert.service.worker.embedding import Embedder, Texts, tokenized
+from edgert.service.worker.generation import Generation
+from edgert.service.worker.joules import Joules
+from edgert.service.worker.loaded import OnPlan, language_of, open_bundle, put_on
+from edgert.service.worker.loop import Limits, Loop
+from edgert.service.worker.plans import chosen, offers, units
 
 log = logging.getLogger("edgert")
 LONGEST_PAUSE_S = 5.0  # for the sake of the pace, so that a worker is never silent for long

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from edgert.service.contract import PlacedBlocks
-from edgert.service.events import EventLog
+from edgert.service.pool.events import EventLog
+from edgert.service.pool.workers import Worker
 from edgert.service.protocol import Pace, PlanOffer, PlanUsed, Ready, UsePlan
-from edgert.service.workers import Worker
 
 _PACE_STEP = 0.02  # smaller changes are not worth a message
 

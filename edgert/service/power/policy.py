@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgert.service.contract import PowerStatus
-from edgert.service.machine import MachineState
-from edgert.service.pace import Budget, Pacer
+from edgert.service.power.machine import MachineState
+from edgert.service.power.pace import Budget, Pacer
 from edgert.service.protocol import PlanOffer
 from edgert.service.settings import Settings
 from edgert.switching import Candidate, State, Switcher

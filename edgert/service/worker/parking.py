@@ -15,7 +15,7 @@ import numpy as np
 from edgert.bundle import Bundle
 from edgert.errors import BundleError, DeviceError, UsageError
 from edgert.kvcache import TOKEN_AXIS, KvCache
-from edgert.service.prefixes import Prefixes
+from edgert.service.worker.prefixes import Prefixes
 
 if TYPE_CHECKING:
     from edgert.batch import Lane, Lanes

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from edgert.service.events import EventLog
-from edgert.service.quarantine import Quarantine
-from edgert.service.recovery import Patience
+from edgert.service.pool.events import EventLog
+from edgert.service.pool.quarantine import Quarantine
+from edgert.service.pool.recovery import Patience
 from edgert.service.settings import Settings
 
 

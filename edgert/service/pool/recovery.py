@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from edgert.errors import BundleError, DeviceError, DeviceFailedError, MissingDependencyError, PlanError, UsageError
-from edgert.service.jobs import error_of
-from edgert.service.workers import Ended
+from edgert.service.pool.jobs import error_of
+from edgert.service.pool.workers import Ended
 
 FALLBACK_AFTER = 3  # failures in a row: then the most careful configuration is taken
 FALLBACK_DEVICE = "CPU@f32"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgert.service.idle import Ladder, Rung, ladder
+from edgert.service.pool.idle import Ladder, Rung, ladder
 from edgert.service.settings import ModelSettings, Settings
 
 

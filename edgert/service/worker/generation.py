@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from edgert.errors import ContextOverflowError, EmptyPromptError, SamplingError, UsageError
 from edgert.results import FinishReason
 from edgert.sampling import Sampled, Sampler, SamplingParams
-from edgert.service.grammar import Grammar, Grammars
 from edgert.service.protocol import Piece, Start
+from edgert.service.worker.grammar import Grammar, Grammars
 from edgert.text import StreamDecoder, Tokenizer
 
 Floats = NDArray[np.float32]

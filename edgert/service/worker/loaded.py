@@ -13,11 +13,11 @@ from edgert.bundle import Bundle
 from edgert.errors import CacheFullError, DeviceFailedError, DeviceNonsenseError
 from edgert.executor import Executor
 from edgert.placement import Plan
-from edgert.service.generation import Language, Thoughts
-from edgert.service.grammar import Grammars
-from edgert.service.loop import Speed
-from edgert.service.plans import unit_of_logits
 from edgert.service.protocol import Load
+from edgert.service.worker.generation import Language, Thoughts
+from edgert.service.worker.grammar import Grammars
+from edgert.service.worker.loop import Speed
+from edgert.service.worker.plans import unit_of_logits
 from edgert.text import Tokenizer
 
 MOST_IDLE = 64

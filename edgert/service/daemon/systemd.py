@@ -189,7 +189,7 @@ def must(*arguments: str) -> None:
 
 def prepare(settings: Settings, environ: Mapping[str, str]) -> None:
     """Make what the unit may not make once it runs: its folders, and the key where it listens on TCP."""
-    from edgert.service.keys import ensure_token, token_file
+    from edgert.service.daemon.keys import ensure_token, token_file
 
     cache_folder().mkdir(parents=True, exist_ok=True)
     config_folder(environ).mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -17,11 +17,11 @@ from queue import SimpleQueue
 from typing import IO, TYPE_CHECKING
 
 from edgert.errors import EdgertError
-from edgert.service import sandbox
 from edgert.service.protocol import MAX_LINE_BYTES, Failed, Load, Message, decode, encode
+from edgert.service.worker import sandbox
 
 if TYPE_CHECKING:
-    from edgert.service.serving import Item
+    from edgert.service.worker.serving import Item
 
 log = logging.getLogger("edgert")
 BROKEN = 2  # exit code where the server speaks another language
@@ -67,7 +67,7 @@ def run(lines: IO[bytes], out: IO[bytes]) -> int:
         if load.sandbox:
             folders = [] if load.park is None else [Path(load.park)]
             held = sandbox.enter(Path(load.bundle), writable=folders)
-        from edgert.service.serving import Broken, Serving, serve  # and with it all device libraries
+        from edgert.service.worker.serving import Broken, Serving, serve  # and with it all device libraries
 
         inbox: SimpleQueue[Item] = SimpleQueue()
         try:
