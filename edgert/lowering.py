@@ -9,7 +9,7 @@ import openvino as ov
 import openvino.opset13 as ops
 
 from edgert.graph import BlockGraph, BlockKind
-from edgert.irgraph import find_tensor, name_new
+from edgert.irgraph import IrGraph, find_tensor, name_new
 from edgert.shapes import KEEP
 
 
@@ -23,12 +23,16 @@ def keep_last_logits(model: ov.Model, graph: BlockGraph) -> bool:
         BundleError: `graph` belongs to another model.
 
     Returns:
-        False, and nothing changed, where the model has no head block (encoders, models in one piece).
+        False, and nothing changed, where the model has no head block (encoders, models in one piece), or one that would
+        not work with fewer rows than the model has tokens.
     """
     head = graph.blocks[-1]
     if head.kind is not BlockKind.HEAD or head.input is None:
         return False
-    tensor = find_tensor(model, head.input)
+    found = _where_rows_can_go(model, head.input)
+    if found is None:
+        return False
+    tensor = find_tensor(model, found)
     consumers = list(tensor.get_target_inputs())
     keep = ops.parameter([1], ov.Type.i64, KEEP)
     keep.output(0).set_names({KEEP})
@@ -41,6 +45,40 @@ def keep_last_logits(model: ov.Model, graph: BlockGraph) -> bool:
     model.add_parameters([keep])
     model.validate_nodes_and_infer_types()
     return True
+
+
+def _where_rows_can_go(model: ov.Model, start: str) -> str | None:
+    """The first tensor of the head that can lose rows: all behind it follows from it, so nothing expects the others.
+
+    A head may reshape its rows to the number of tokens that `input_ids` has (GPT-2's does); then it is behind that.
+    """
+    index = IrGraph(model)
+    node = index[index.tensor(start).get_node().get_friendly_name()]
+    while True:
+        follows, other = {node.name}, None
+        for each in index.nodes.values():
+            sources = {source for source, _ in each.inputs} - index.constant_only
+            if sources and sources <= follows:
+                follows.add(each.name)
+            elif sources & follows:
+                other = each
+                break
+        if other is None:
+            return start if all(result.name in follows for result in index.of_type("Result")) else None
+        if other.type != "Reshape" or other.inputs[0][0] not in follows or not _is_stream(model, other.name):
+            return None
+        node, start = other, f"{other.name}:0"
+
+
+def _is_stream(model: ov.Model, name: str) -> bool:
+    """Whether an operation gives `[batch, tokens, width]`, by what OpenVINO infers for a number of tokens."""
+    tokens, trial = 5, model.clone()
+    for parameter in trial.get_parameters():
+        if parameter.output(0).get_any_name() == "input_ids":
+            parameter.set_partial_shape(ov.PartialShape([1, tokens]))
+    trial.validate_nodes_and_infer_types()
+    shape = find_tensor(trial, f"{name}:0").get_partial_shape()
+    return len(shape) == 3 and shape[1] == tokens and shape[2].is_static
 
 
 def halve(model: ov.Model, chosen: Callable[[str], bool]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ MAX_TEMPLATE_BYTES = 1024 * 1024  # four for each character that `edgert.chat_te
 REPLACEMENT = "\ufffd"
 # What a stream needs of the text before it; one word does, more cover tokens without text.
 CONTEXT_TOKENS = 8
+# `encode` of the library holds Python's lock, for seconds where a text has megabytes; `encode_batch` lets other threads
+# run, but wakes up threads of its own, which takes longer than a short text does.
+LONG_CHARS = 1 << 14
+LONGEST_CHARS = 64
 
 
 class Tokenizer:
@@ -97,7 +102,7 @@ class Tokenizer:
         if not isinstance(text, str):
             raise UsageError(f"text is a {type(text).__name__}, expected str")
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
+            ids = self._ids(text, special)
         except (UnicodeEncodeError, TypeError) as error:  # which one depends on where the surrogate is noticed
             raise UsageError("text is no valid Unicode: it holds half a surrogate pair") from error
         # As in transformers, an explicit add_bos_token overrules what tokenizer.json does.
@@ -106,7 +111,27 @@ class Tokenizer:
             if self._add_bos is True and not starts:
                 ids = [self.bos_id, *ids]
             elif self._add_bos is False and starts:
-                ids = self._backend.encode(text, add_special_tokens=False).ids
+                ids = self._ids(text, False)
+        return ids
+
+    def least_tokens(self, text: str) -> int:
+        """Not more than the tokens of a text, without encoding it: as if each was the longest of the vocabulary.
+
+        Not so for text that a tokenizer leaves out or takes together (white space, unknown words), unless each token
+        has `LONGEST_CHARS` characters on average.
+        """
+        return len(text) // self._longest_chars if len(text) >= LONG_CHARS else 0
+
+    @cached_property
+    def _longest_chars(self) -> int:
+        return max(LONGEST_CHARS, max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=0))
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        if len(text) < LONG_CHARS:
+            encoding = self._backend.encode(text, add_special_tokens=special)
+        else:
+            encoding = self._backend.encode_batch([text], add_special_tokens=special)[0]
+        ids: list[int] = encoding.ids
         return ids
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:

@@ -1,11 +1,13 @@
-"""Bundles that several test files share, each made once a session."""
+"""Bundles that several test files share, each made once, for all processes of `pytest -n`. Nobody changes them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import edgert
 from edgert import bundle as bundles
@@ -14,20 +16,28 @@ from edgert.session import Model
 DEMO_MODEL = Path(__file__).parents[1] / "examples" / "models" / "bookworm"
 
 
+def shared(tmp_path_factory: pytest.TempPathFactory, name: str, *, weights: str) -> Path:
+    """The demo model's bundle; whichever process needs it first makes it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # then each process has a folder in that of all
+        folder = folder.parent
+    out = folder / name
+    with FileLock(folder / f"{name}.lock"):
+        if not out.exists():
+            edgert.compile(DEMO_MODEL, out, weights=weights)
+    return out
+
+
 @pytest.fixture(scope="session")
 def demo_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository's own model, compiled at fp16."""
-    out = tmp_path_factory.mktemp("demo") / "demo.edge"
-    edgert.compile(DEMO_MODEL, out, weights="fp16")
-    return out
+    return shared(tmp_path_factory, "demo.edge", weights="fp16")
 
 
 @pytest.fixture(scope="session")
 def packed_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same at INT8, with its weights packed for the kernels."""
-    out = tmp_path_factory.mktemp("packed") / "packed.edge"
-    edgert.compile(DEMO_MODEL, out, weights="int8")
-    return out
+    return shared(tmp_path_factory, "packed.edge", weights="int8")
 
 
 @pytest.fixture(scope="session")

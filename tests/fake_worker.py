@@ -86,7 +86,7 @@ class FakeWorker:
         if self.fault[0] == "load":
             self._break(self.fault[1])
         offers = [self._offer(name) for name in (self._plan(), *self.script.get("plans", []))]
-        send(Ready("decoder", 4096, 100, 8, offers[0].name, offers, False, True, 1e3, [], [], False))
+        send(Ready("decoder", 4096, offers[0].name, offers, self.script.get("sandbox", []), [], False))
         threading.Thread(target=self._read, daemon=True).start()
         while True:
             try:
@@ -131,7 +131,7 @@ class FakeWorker:
             self.running.pop(command.id, None)
         elif isinstance(command, Ping):
             cached = self.script.get("cached_bytes", 0)
-            send(Pong(command.id, len(self.running), cached, cached, self.script.get("watts"), "measured"))
+            send(Pong(command.id, cached, cached, self.script.get("watts"), "measured"))
         elif isinstance(command, UsePlan):
             self._log(f"plan {command.name}")
             send(PlanUsed(command.name, "no memory" if command.name == "bad" else None))
@@ -198,7 +198,7 @@ class FakeWorker:
     def _offer(self, name: str) -> PlanOffer:
         units = [unit for unit in name.split("+") if unit.isupper()] or ["CPU"]
         block = {"phase": "both", "first": 0, "last": 3, "device": f"{units[0]}@default", "kinds": {"ffn": 2}}
-        return PlanOffer(name, None, None, None, units, [block], {})
+        return PlanOffer(name, None, None, None, units, [block])
 
     def _log(self, line: str) -> None:
         with (self.folder / "log").open("a", encoding="utf-8") as file:

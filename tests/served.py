@@ -12,6 +12,7 @@ import uvicorn
 from fake_service import FakeService
 
 from edgert.service.api.app import create_app
+from edgert.service.daemon.serve import uvicorn_config
 from edgert.service.settings import Settings
 
 KEY = "correct horse battery staple"
@@ -24,8 +25,7 @@ def serving(service: FakeService, *, path: Path | None = None, settings: Setting
     listener = socket.socket(socket.AF_INET if path is None else socket.AF_UNIX)
     listener.bind(("127.0.0.1", 0) if path is None else str(path))
     app = create_app(service, settings or Settings(), key=KEY)
-    config = uvicorn.Config(app, log_config=None, server_header=False, ws="none", lifespan="off")
-    server = _Server(config)
+    server = _Server(uvicorn_config(app))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

@@ -35,9 +35,6 @@ class Living(FakeService):
         yield Delta(" ended", token=2)
         yield Delta("", finish_reason="stop", usage=USAGE)
 
-    async def start(self) -> None:
-        print("started", file=sys.stderr)
-
     async def close(self, grace_s: float) -> None:
         self.ended.set()
         self.news.put_nowait(None)

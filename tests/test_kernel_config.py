@@ -46,18 +46,17 @@ def warnings(log: pytest.LogCaptureFixture) -> list[str]:
 
 @needs_kernels
 def test_weights_that_are_not_packed_are_packed_now(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, book: list[int]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, packed_path: Path, book: list[int]
 ) -> None:
-    bare, packed = tmp_path / "bare.edge", tmp_path / "packed.edge"
+    bare = tmp_path / "bare.edge"
     edgert.compile(SOURCE, bare, weights="int8", kernels=False)
-    edgert.compile(SOURCE, packed, weights="int8")
     caplog.clear()
     model = edgert.load(bare, device=INT8)
     (warning,) = warnings(caplog)
     assert f"bundle {bare} has no weights packed for the CPU kernels" in warning
     assert "`edgert compile` the model again" in warning
     caplog.clear()
-    mapped = edgert.load(packed, device=INT8)
+    mapped = edgert.load(packed_path, device=INT8)
     assert not warnings(caplog)
     np.testing.assert_array_equal(model.score(book[:200]), mapped.score(book[:200]))
 

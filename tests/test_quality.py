@@ -28,13 +28,10 @@ def bits_per_byte(model: Model) -> float:
 
 
 @pytest.fixture(scope="module")
-def compressed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    folder = tmp_path_factory.mktemp("compressed")
-    models = {}
-    for name, options in {"int8": {"weights": "int8"}, "int4": {"weights": "int4", "sym": True}}.items():
-        edgert.compile(DEMO_MODEL, folder / f"{name}.edge", **options)  # type: ignore[arg-type]
-        models[name] = edgert.load(folder / f"{name}.edge", device="CPU@f32")
-    return models
+def compressed(packed_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    int4 = tmp_path_factory.mktemp("compressed") / "int4.edge"
+    edgert.compile(DEMO_MODEL, int4, weights="int4", sym=True)
+    return {name: edgert.load(path, device="CPU@f32") for name, path in (("int8", packed_path), ("int4", int4))}
 
 
 def test_the_bundle_scores_what_the_source_scores(demo: Model) -> None:

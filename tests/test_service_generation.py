@@ -24,7 +24,8 @@ from edgert.errors import (
     SamplingError,
     UsageError,
 )
-from edgert.service.protocol import Piece, Start
+from edgert.service.protocol import Embed, Piece, Start, Vectors, encode
+from edgert.service.worker import embedding
 from edgert.service.worker.generation import Generation, Language, Thoughts
 from edgert.service.worker.grammar import Grammars
 from edgert.text import Tokenizer
@@ -317,3 +318,29 @@ def test_a_model_without_a_template(language: Language, tmp_path: Path) -> None:
     assert Thoughts.of(bare) is None
     with pytest.raises(ChatTemplateError):
         bare.encode_chat([{"role": "user", "content": "Hi"}], variables={"mode": "open"})
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_text_that_cannot_fit_is_not_encoded(language: Language, monkeypatch: pytest.MonkeyPatch, chat: bool) -> None:
+    """Megabytes would keep the worker's other requests waiting for a minute, to be refused then."""
+    encoded: list[int] = []
+    monkeypatch.setattr(language.tokenizer, "encode", lambda text, special=True: encoded.append(len(text)) or [1] * 500)
+    for length, fits in ((30_000, False), (10**6, False), (20_000, True)):  # 400 tokens of 64 characters
+        request = start("x" * length) if chat else Start(1, prompt="x" * length)
+        with pytest.raises(ContextOverflowError, match="500 prompt tokens" if fits else "tokens at least") as found:
+            Generation(request, language)
+        assert found.value.limit == language.context < found.value.tokens
+        assert bool(encoded) == fits
+
+
+def test_vectors_that_fill_more_than_a_message_are_not_begun(
+    language: Language, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "MAX_LINE_BYTES", 10_000)
+    vectors = [[-1.2345678901234567e-05] * 100] * 4
+    assert len(encode(Vectors(2**31, vectors, 2**31))) < 10_000
+    assert len(embedding.tokenized(Embed(1, ["a"] * 4), language, hidden_size=100).prompts) == 4
+    with pytest.raises(UsageError, match="5 texts, at most 4"):
+        embedding.tokenized(Embed(1, ["a"] * 5), language, hidden_size=100)
+    with pytest.raises(ContextOverflowError, match="tokens at least"):
+        embedding.tokenized(Embed(1, ["a", "x" * 10**6]), language, hidden_size=100)

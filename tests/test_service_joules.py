@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from edgert.energy import Energy
@@ -29,9 +27,9 @@ class Machine:
         uj = self._counted_uj if known else None
         return (Energy("package", uj, None, 1.0, "measured" if known else "unavailable", "test", None, "none"),)
 
-    def joules(self, declared: dict[str, float] | None = None, **options: Any) -> Joules:
-        made = Joules(self, declared or {}, clock=lambda: self.now_s, **options)
-        made.use(["CPU"], emulated=options.get("emulated", False))
+    def joules(self, declared: dict[str, float] | None = None, *, emulated: bool = False) -> Joules:
+        made = Joules(self, declared or {}, clock=lambda: self.now_s)
+        made.use(["CPU"], emulated=emulated)
         return made
 
 
@@ -76,6 +74,16 @@ def test_declared_watts_count_busy_time() -> None:
     run(machine, joules, {1: 3, 2: 1}, 1.0)
     assert joules.of(1) == (pytest.approx(15 + 15 * 3 / 4), "estimated")
     assert joules.of(2) == (pytest.approx(15 / 4), "estimated")
+
+
+def test_a_declared_base_is_drawn_all_the_time() -> None:
+    machine = Machine(watts=None)
+    joules = machine.joules({"CPU": 15.0, "base": 4.0})
+    for _ in range(4):
+        run(machine, joules, {1: 1}, 1.0)
+        machine.now_s += 1.0
+    assert joules.of(1) == (pytest.approx(4 * 19), "estimated")  # while it ran
+    assert joules.watts() == pytest.approx(4 + 15 / 2, rel=0.2)
 
 
 def test_meters_are_better_than_declarations() -> None:

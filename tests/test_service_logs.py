@@ -29,7 +29,10 @@ def written(form: Any, *, prompts: bool = False) -> str:
     logs.event("load", level=logging.WARNING, detail='forged\n2026 "line" x=1')
     logging.getLogger("edgert.service.worker").info("from below")
     try:
-        raise ValueError("broken")
+        try:
+            raise KeyError("a secret")
+        except KeyError as error:
+            raise ValueError("a secret in an error") from error
     except ValueError:
         logging.getLogger("other").exception("it failed")
     return stream.getvalue()
@@ -40,7 +43,7 @@ def test_text() -> None:
     assert request.endswith('Z info request id=7 model="a b" code=200 ms=310.2')
     assert load.endswith(r' warning load detail="forged\n2026 \"line\" x=1"')
     assert below.endswith(" info from below")
-    assert r"\nValueError: broken" in failed
+    assert r"in written\nValueError" in failed
 
 
 def test_json() -> None:
@@ -50,13 +53,15 @@ def test_json() -> None:
     }  # fmt: skip
     assert load["detail"] == 'forged\n2026 "line" x=1'
     assert below["logger"] == "edgert.service.worker"
-    assert "ValueError: broken" in failed["error"]
+    assert "in written\nValueError" in failed["error"]
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_what_people_write_is_kept_only_if_asked_for(form: str) -> None:
     assert "secret" not in written(form)
+    assert "KeyError" in written(form)
     assert "a secret" in written(form, prompts=True)
+    assert "ValueError: a secret in an error" in written(form, prompts=True)
 
 
 def test_the_journal_gets_levels(monkeypatch: pytest.MonkeyPatch) -> None:

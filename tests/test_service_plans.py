@@ -102,7 +102,6 @@ def test_the_library_is_offered_where_there_is_a_profile(bundle: Bundle, known: 
     others = [offer for offer, _ in found.values()][1:]
     assert all(offer.latency_us and offer.energy_uj and offer.watts for offer in others)
     assert min(others, key=lambda o: o.latency_us or 0).name != min(others, key=lambda o: o.energy_uj or 0).name
-    assert all(Plan.from_json(offer.plan) == plan for offer, plan in found.values())
     fast = choose_plan(bundle, device="CPU@f32+dq")
     own, *_ = (offer for offer, _ in offers(fast, bundle, {}).values())
     assert own.latency_us == min(offer.latency_us for offer in others if offer.latency_us)

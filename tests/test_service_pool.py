@@ -8,20 +8,22 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_worker import text, word
 
-from edgert.errors import BundleError, BusyError, ContextOverflowError, UnknownModelError, WorkerError
+from edgert.errors import BundleError, BusyError, ContextOverflowError, UnknownModelError, UsageError, WorkerError
+from edgert.service import protocol
 from edgert.service.contract import Delta, Request, Usage
 from edgert.service.pool import hosted as hosted_module
 from edgert.service.pool import pool as pool_module
 from edgert.service.pool.jobs import UNREAD
 from edgert.service.pool.pool import Pool
 from edgert.service.pool.recovery import Patience
+from edgert.service.pool.steering import load_message
 from edgert.service.power.machine import MachineState
 from edgert.service.power.policy import Decision, Loaded, Policy
 from edgert.service.settings import ModelSettings, Settings
@@ -75,7 +77,6 @@ class Scene:
             reader=Machine(),  # type: ignore[arg-type]
             policy=policy,
         )
-        await pool.start()
         try:
             yield pool
         finally:
@@ -288,6 +289,51 @@ def test_after_three_failures_the_most_careful_configuration_is_taken(scene: Sce
     run(scenario())
 
 
+def test_the_most_careful_configuration_is_no_warning_where_it_was_asked_for(scene: Scene) -> None:
+    scene.model(faults=[["load", "exit"]] * 3)
+
+    async def scenario() -> None:
+        async with scene.pool(keep_alive_s=-1, device="CPU@f32") as pool:
+            await pool.load("m")
+            assert (pool.models()[0].restarts, pool.models()[0].warnings) == (3, ())
+            scene.later(pool, AT_ONCE.again_s)
+            assert pool.models()[0].state == "idle"
+
+    run(scenario())
+    assert [line for line in scene.log() if line.startswith("load")] == ["load CPU@f32 avoid="] * 4
+
+
+def test_what_models_name_themselves_goes_before_what_all_of_them_have(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text("{}")
+    asked = {
+        fields: (load.device, load.objective, load.plan)
+        for fields in ("", "device", "objective", "plan")
+        for load in [
+            load_message(
+                Settings(device="CPU@f32"),
+                ModelSettings(tmp_path, "m", **({fields: plan if fields == "plan" else "x"} if fields else {})),
+                {},
+            )
+        ]
+    }
+    assert asked == {
+        "": ("CPU@f32", None, None), "device": ("x", None, None),
+        "objective": (None, "x", None), "plan": (None, None, {}),
+    }  # fmt: skip
+    assert load_message(Settings(objective="latency"), ModelSettings(tmp_path, "m"), {}).objective == "latency"
+
+
+def test_a_sandbox_that_cannot_be_had_is_a_warning(scene: Scene) -> None:
+    scene.model(sandbox=["no new privileges", "without seccomp: no"])
+
+    async def scenario() -> None:
+        async with scene.pool() as pool:
+            assert (await pool.load("m")).warnings == ("sandbox: without seccomp: no",)
+
+    run(scenario())
+
+
 def test_a_request_that_kills_workers_is_given_up_and_no_other_one(scene: Scene) -> None:
     scene.model(delay_s=0.001)
 
@@ -377,6 +423,40 @@ def test_a_worker_that_never_gets_ready_is_replaced(scene: Scene) -> None:
     run(scenario())
 
 
+def test_a_mistake_costs_one_model_its_requests_and_no_other(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.model()
+    scene.model("n", delay_s=0.001)
+
+    async def scenario() -> None:
+        async with scene.pool() as pool:
+            other = asyncio.create_task(collect(pool, replace(ask("other", 100), model="n")))
+            await until(lambda: len(pool.models()) == 2 and pool.models()[1].running)
+            with monkeypatch.context() as patch:
+                patch.setattr(pool._find("m"), "advance", lambda: 1 / 0)
+                with pytest.raises(WorkerError, match="ZeroDivisionError in the service"):
+                    await collect(pool, ask("tale"))
+            assert joined(await collect(pool, ask("tale"))) == text("tale", LENGTH)
+            assert joined(await other) == text("other", 100)
+
+    run(scenario())
+
+
+def test_a_worker_that_cannot_be_told_what_to_load(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.model()
+
+    def fail(message: Any) -> bytes:
+        raise ValueError("nested too deeply")
+
+    monkeypatch.setattr("edgert.service.pool.workers.encode", fail)
+
+    async def scenario() -> None:
+        async with scene.pool() as pool:
+            with pytest.raises(WorkerError, match="could not be told what to load: nested too deeply"):
+                await pool.load("m")
+
+    run(scenario())
+
+
 def test_a_command_that_cannot_be_started(scene: Scene) -> None:
     scene.model()
 
@@ -431,6 +511,31 @@ def test_a_worker_that_does_not_end_is_killed(scene: Scene) -> None:
 
 
 # --- requests
+
+
+def test_a_request_that_no_worker_could_read_is_refused(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too long for a line, or too deep to be written: the worker, and its other requests, live on."""
+    monkeypatch.setattr(protocol, "MAX_LINE_BYTES", 2000)
+    deep: Any = {}
+    for _ in range(2000):
+        deep = {"a": deep}
+
+    async def scenario() -> None:
+        scene.model()
+        async with scene.pool() as pool:
+            stream = pool.generate(ask("p"))
+            first = await anext(stream)
+            for refused, why in (
+                (ask("x" * 2000), "2000 allowed"),
+                (ask("p", template={"x": deep}), "nested too deeply"),
+            ):
+                with pytest.raises(UsageError, match=why):
+                    await collect(pool, refused)
+            rest = [delta async for delta in stream]
+            assert joined([first, *rest]) == text("p", LENGTH)
+            assert len(scene.starts()) == 1
+
+    run(scenario())
 
 
 def test_what_the_worker_refuses_is_raised(scene: Scene) -> None:
@@ -829,6 +934,7 @@ def test_closing_does_not_wait_for_ever(scene: Scene) -> None:
                 await waiting
 
     run(scenario())
+    assert "cancel" in scene.log()  # or a worker would finish it first
 
 
 class Script(Policy):

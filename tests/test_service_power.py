@@ -24,7 +24,7 @@ MAINS, BATTERY = MachineState(on_battery=False), MachineState(on_battery=True, b
 
 def offer(name: str, latency_us: float | None, watts: float | None, energy_uj: float | None = None) -> PlanOffer:
     energy_uj = latency_us * watts if energy_uj is None and latency_us and watts else energy_uj
-    return PlanOffer(name, latency_us, energy_uj, watts, ["CPU"], [], {})
+    return PlanOffer(name, latency_us, energy_uj, watts, ["CPU"], [])
 
 
 FAST, MIDDLE, THRIFTY = offer("fast", 1.0e6, 30.0), offer("middle", 1.5e6, 14.0), offer("thrifty", 3.0e6, 6.0)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
+from edgert.service.pool.desk import Meter
 from edgert.service.pool.events import KEPT, EventLog
-from edgert.service.pool.idle import LONGEST, UNDOING, due_after_s, ladder
-from edgert.service.pool.meter import Meter
-from edgert.service.pool.quarantine import FIRST_S, LONGEST_S, Quarantine
+from edgert.service.pool.idle import LONGEST, UNDOING, Rest, due_after_s
 from edgert.service.pool.queueing import FairQueue
-from edgert.service.pool.recovery import Patience, Recovery, culprits, lasting
+from edgert.service.pool.recovery import FIRST_S, LONGEST_S, Patience, Quarantine, Recovery, culprits, lasting
 from edgert.service.pool.workers import Ended
 from edgert.service.protocol import Failed
+from edgert.service.settings import ModelSettings, Settings
 
 
 def all_of(queue: FairQueue[str], now_s: float = 0.0, **how: bool) -> list[str]:
@@ -84,24 +85,30 @@ def test_a_step_waits_for_what_undoing_it_costs(undo_s: float, share: float, exp
     assert due_after_s(300.0, undo_s, share) == pytest.approx(expected)
 
 
+def resting(keep_alive_s: float, drop_after_s: float | None = None, **options: float | None) -> Rest:
+    """Idle since second 1000."""
+    rest = Rest(ModelSettings(Path(), "m"), Settings(keep_alive_s=keep_alive_s, drop_after_s=drop_after_s))
+    rest.reload_s = options.get("reload_s") or 1.0
+    rest.touch(options.get("asked_s"), 0.0)
+    rest.begin(1000.0)
+    rest.climb(pinned=bool(options.get("pinned")), prefill_s=0.1, held_share=0.5, kv_share=0.5)
+    return rest
+
+
 def test_the_ladder() -> None:
-    known = {"reload_s": 1.0, "prefill_s": 0.1, "held_share": 0.5, "kv_share": 0.5}
-    usual = ladder(drop_after_s=60.0, keep_alive_s=300.0, asked=False, pinned=False, **known)
-    assert [usual.due(t, dropped=False) for t in (0, 59.9, 60, 299)] == [None, None, "drop", "drop"]
-    assert [usual.due(t, dropped=True) for t in (60, 299.9, 300)] == [None, None, "unload"]
-    assert (usual.next_s(dropped=False), usual.next_s(dropped=True)) == (60.0, 300.0)
-    slow = {**known, "reload_s": 100.0}
-    assert ladder(drop_after_s=None, keep_alive_s=300.0, asked=False, pinned=False, **slow).unload_s == 2000.0
-    assert ladder(drop_after_s=None, keep_alive_s=300.0, asked=True, pinned=False, **slow).unload_s == 300.0
-    assert (
-        ladder(drop_after_s=60.0, keep_alive_s=0.0, asked=True, pinned=False, **slow).due(0, dropped=False) == "unload"
-    )
-    for kept in (
-        ladder(drop_after_s=None, keep_alive_s=-1.0, asked=False, pinned=False, **known),
-        ladder(drop_after_s=None, keep_alive_s=0.0, asked=True, pinned=True, **known),
-    ):
-        assert kept.due(1e9, dropped=False) is None
-        assert kept.next_s(dropped=False) is None
+    rest = resting(300.0, 60.0)
+    assert [rest.due(t) for t in (1000, 1059.9, 1060, 1299)] == [None, None, "drop", "drop"]
+    assert (rest.due_s(), rest.unload_s()) == (1060.0, 1300.0)
+    rest.dropping = True
+    assert [rest.due(t) for t in (1060, 1299.9, 1300)] == [None, None, "unload"]
+    assert rest.due_s() == 1300.0
+    rest.end()
+    assert (rest.due(1e9), rest.due_s(), rest.unload_s(), rest.dropping) == (None, None, None, False)
+    assert resting(300.0, reload_s=100.0).unload_s() == 3000.0
+    assert resting(300.0, reload_s=100.0, asked_s=200.0).unload_s() == 1200.0
+    assert resting(300.0, 60.0, asked_s=0.0).due(1000.0) == "unload"
+    for kept in (resting(-1.0), resting(300.0, asked_s=0.0, pinned=1)):
+        assert (kept.due(1e9), kept.due_s()) == (None, None)
 
 
 def test_quarantine_doubles_and_forgets() -> None:
@@ -160,7 +167,7 @@ def test_who_is_to_blame(ended: Ended, expected: list[str], for_good: bool) -> N
 
 
 def test_rates_over_the_last_seconds() -> None:
-    meter = Meter(10.0)
+    meter = Meter()
     assert (meter.total(0.0), meter.rate(0.0)) == (None, None)
     for step in range(100):
         meter.add(1.0, step * 0.25)

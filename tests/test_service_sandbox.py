@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from edgert.service.worker import sandbox, scheduling
+from edgert.service.worker import sandbox
 from edgert.session import Model
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Landlock and seccomp are Linux's")
@@ -24,7 +24,7 @@ from pathlib import Path
 from edgert.service.worker import sandbox, scheduling
 
 bundle, outside, cache = map(Path, sys.argv[1:4])
-held = sandbox.enter(bundle, starts_processes=sys.argv[4] == "processes")
+held = sandbox.enter(bundle)
 
 def clone(flags):
     code = ctypes.CDLL(None, use_errno=True).unshare(flags)
@@ -60,21 +60,19 @@ print(json.dumps({"held": held, "can": results}))
 
 @linux
 @known
-@pytest.mark.parametrize("kind", ["alone", "processes"])
-def test_what_is_given_up(demo_path: Path, tmp_path: Path, kind: str) -> None:
+def test_what_is_given_up(demo_path: Path, tmp_path: Path) -> None:
     outside = tmp_path / "secret"
     outside.write_text("mine")
     cache = tmp_path / "cache"
     environ = {**os.environ, "EDGERT_CACHE": str(cache)}
-    command = [sys.executable, "-P", "-c", ATTEMPTS, str(demo_path), str(outside), str(cache), kind]
+    command = [sys.executable, "-P", "-c", ATTEMPTS, str(demo_path), str(outside), str(cache)]
     told = subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout
     result: dict[str, Any] = json.loads(told.splitlines()[-1])
     held, can = result["held"], result["can"]
     if any(text.startswith("without") for text in held):
         pytest.skip(f"this kernel has not all of it: {held}")
-    processes = kind == "processes"
     assert can == {
-        "internet": False, "local socket": processes, "program": processes, "read": False, "write": False,
+        "internet": False, "local socket": False, "program": False, "read": False, "write": False,
         "change the bundle": False, "namespace": False, "signal": "signals" not in held[1], "read the bundle": True,
         "cache": True, "temporary": True, "pipe": True, "thread": True, "background": True,
     }  # fmt: skip
@@ -97,21 +95,19 @@ def test_the_model_still_runs(demo_path: Path, demo: Model, tmp_path: Path) -> N
 def test_the_filter_refuses_by_number(machine: str) -> None:
     """The program, run as the kernel would."""
     column, arch = sandbox._MACHINES[machine]
-    alone, processes = (sandbox._filter(machine, starts) for starts in (False, True))
+    program = sandbox._filter(machine)
 
-    def outcome(program: bytes, name: str, argument: int = 0, on: int = arch) -> int:
+    def outcome(name: str, argument: int = 0, on: int = arch) -> int:
         return run_filter(program, sandbox._CALLS[name][column], on, argument)
 
-    assert outcome(alone, "socket", 1) == outcome(alone, "execve") == outcome(alone, "ptrace") == sandbox._REFUSE
-    assert outcome(alone, "clone3") == sandbox._ABSENT
-    assert outcome(alone, "clone", 0x10000000) == sandbox._REFUSE
-    assert outcome(alone, "clone", 0x003D0F00) == sandbox._ALLOW  # a thread
-    assert outcome(alone, "ioprio_set") == sandbox._ALLOW
-    assert outcome(alone, "socket", on=arch ^ 1) == sandbox._KILL
-    assert outcome(processes, "execve") == outcome(processes, "socket", 1) == sandbox._ALLOW
-    assert outcome(processes, "socket", 2) == outcome(processes, "ptrace") == sandbox._REFUSE
+    assert outcome("socket", 1) == outcome("execve") == outcome("ptrace") == sandbox._REFUSE
+    assert outcome("clone3") == sandbox._ABSENT
+    assert outcome("clone", 0x10000000) == sandbox._REFUSE
+    assert outcome("clone", 0x003D0F00) == sandbox._ALLOW  # a thread
+    assert outcome("ioprio_set") == sandbox._ALLOW
+    assert outcome("socket", on=arch ^ 1) == sandbox._KILL
     if machine == "x86_64":
-        assert run_filter(alone, 0x40000000 | 41, arch, 0) == sandbox._KILL
+        assert run_filter(program, 0x40000000 | 41, arch, 0) == sandbox._KILL
 
 
 def run_filter(program: bytes, number: int, machine: int, argument: int) -> int:
@@ -140,16 +136,8 @@ def test_where_there_is_none() -> None:
 def test_background_and_back() -> None:
     script = (
         "import os; from edgert.service.worker import sandbox, scheduling; sandbox.first_to_go()\n"
-        "for on in (True, False): print(scheduling.set_background(on), os.sched_getscheduler(0))\n"
+        "for on in (True, False): scheduling.set_background(on); print(os.sched_getscheduler(0))\n"
         "print(open('/proc/self/oom_score_adj').read())"
     )
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split("\n")
-    assert told[0].startswith("batch")
-    assert told[0].endswith(f" {os.SCHED_BATCH}")
-    assert told[1] == f"normal {os.SCHED_OTHER}"
-    assert told[2] == "500"
-
-
-def test_systems_without_such_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduling.sys, "platform", "plan9")
-    assert scheduling.set_background(True) == ""
+    assert told[:3] == [str(os.SCHED_BATCH), str(os.SCHED_OTHER), "500"]

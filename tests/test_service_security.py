@@ -14,8 +14,10 @@ from fake_service import FakeService
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from served import KEY
 
+from edgert.service.api import reading
 from edgert.service.api.app import create_app
 from edgert.service.api.errors import RefusedError
 from edgert.service.api.reading import check, parse
@@ -304,6 +306,104 @@ def test_broken_bodies(visit: Visitor, body: bytes) -> None:
     assert answer.status_code == 400
     assert answer.json()["error"]["message"]
     assert visit.service.requests == []
+
+
+def nested(levels: int, opening: str = '{"a":', end: str = "}") -> str:
+    return opening * levels + "1" + end * levels
+
+
+@pytest.mark.parametrize(("opening", "end"), [('{"a":', "}"), ("[", "]")])
+@pytest.mark.parametrize(
+    "where",
+    [
+        '"chat_template_kwargs": {"x": %s}', '"tools": [{"type": "function", "function": {"name": "f", "parameters": '
+        '{"x": %s}}}]', '"structured_outputs": {"json": {"x": %s}}', '"unknown": {"x": %s}',
+    ],
+)  # fmt: skip
+def test_nesting(visit: Visitor, where: str, opening: str, end: str) -> None:
+    """What the HTTP side reads must also go through every parser and writer behind it."""
+    for levels, status in ((80, 200), (reading.MAX_DEPTH, 400), (400, 400), (900, 400)):
+        body = json.dumps(CHAT)[:-1] + ", " + where.replace("%s", nested(levels, opening, end)) + "}"
+        answer = visit("POST", "/v1/chat/completions", headers={**AUTH, "content-type": "application/json"},
+                       content=body.encode())  # fmt: skip
+        assert answer.status_code == status
+    assert len(visit.service.requests) == 1
+
+
+WRONG = 3000
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": [0] * WRONG}]}, "messages.0.content.0"),
+        ("chat/completions", {"messages": [0] * 2000}, "messages.0"),
+        ("chat/completions", {**CHAT, "logit_bias": {f"a{i}": 1 for i in range(WRONG)}}, "logit_bias"),
+        ("chat/completions", {**CHAT, "stop": [0] * WRONG}, "stop"),
+        ("completions", {"prompt": [-1] * WRONG}, "prompt.0"),
+        ("embeddings", {"input": [0] * 2000}, "input.0"),
+        ("responses", {"input": [0] * 2000}, "input.0"),
+        ("responses", {"input": "x", "metadata": {f"a{i}": 1 for i in range(WRONG)}}, "metadata"),
+    ],
+)
+def test_a_million_mistakes_are_one(path: str, fields: dict[str, Any], param: str) -> None:
+    """pydantic keeps an error for each wrong item: some 1 kB for two bytes of a body, and seconds to make them."""
+    form = {"chat/completions": ChatRequest, "completions": CompletionRequest, "embeddings": EmbeddingsRequest,
+            "responses": ResponsesRequest}[path]  # fmt: skip
+    with pytest.raises(ValidationError) as found:
+        form.model_validate({"model": "echo", **fields})
+    assert found.value.error_count() <= 20
+    with pytest.raises(RefusedError) as refused:
+        check({"model": "echo", **fields}, form)
+    assert refused.value.param == param
+
+
+def test_objects_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_OBJECTS", 10)
+    assert len(parse(b"[" + b",".join([b"{}"] * 10) + b"]")) == 10
+    with pytest.raises(RefusedError, match="more than 10 objects"):
+        parse(b"[" + b",".join([b"{}"] * 11) + b"]")
+
+
+LONG = 2**20 - 200
+
+
+def test_many_large_bodies_at_once_are_not_kept() -> None:
+    """Each is held in memory while its request waits: 16 MiB and 80 requests would be gigabytes."""
+    visit = Visitor(body_bytes=2**20)
+    hold = asyncio.Event()
+    statuses: list[int] = []
+
+    async def wait(number: int) -> None:
+        await hold.wait()
+
+    visit.service.then = wait
+
+    async def main() -> None:
+        transport = httpx.ASGITransport(visit.app, client=("127.0.0.1", 5000))
+        async with httpx.AsyncClient(transport=transport, base_url=URL, headers=AUTH) as client:
+
+            async def ask(length: int) -> None:
+                answer = await client.post("/v1/chat/completions", json={**CHAT, "user": "u", "x": "x" * length})
+                statuses.append(answer.status_code)
+                if answer.status_code == 429:
+                    assert answer.headers["retry-after"] == "1"
+
+            waiting = [asyncio.create_task(ask(LONG)) for _ in range(4)]
+            while len(visit.service.requests) < 4:
+                await asyncio.sleep(0)
+            await ask(LONG)
+            assert statuses == [429]
+            small = asyncio.create_task(ask(1000))
+            while len(visit.service.requests) < 5:
+                await asyncio.sleep(0)
+            hold.set()
+            await asyncio.gather(*waiting, small)
+            await ask(LONG)
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+    assert statuses == [429, *[200] * 6]
+    assert visit.app.state.edgert.body_bytes == 0  # type: ignore[attr-defined]
 
 
 def test_too_many_messages(visit: Visitor) -> None:

@@ -160,6 +160,21 @@ def test_two_services_do_not_fight(
     again.release()
 
 
+def test_nobody_else_may_write_where_it_listens(tmp_path: Path) -> None:
+    """Another user could put a socket of theirs in the place of ours, or a link that has a file of ours emptied."""
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    for attempt in (sockets.Lock, sockets.unix_socket):
+        with pytest.raises(ServiceError, match=r"others may write to its folder \(mode 777\)"):
+            attempt(tmp_path / "open" / "s")
+    assert list((tmp_path / "open").iterdir()) == []
+    (tmp_path / "precious").write_text("text")
+    (tmp_path / "s.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(ServiceError, match=r"lock .*symbolic link"):
+        sockets.Lock(tmp_path / "s.lock")
+    assert (tmp_path / "precious").read_text() == "text"
+
+
 def test_listening_where_it_cannot(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -15,12 +15,14 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from edgert.cli import main
+from edgert.cli.serve import GROUPS
 from edgert.errors import UsageError
 from edgert.service.settings import (
     RULES,
     ModelSettings,
     Settings,
     default_socket,
+    flag,
     is_loopback,
     read,
     to_toml,
@@ -223,12 +225,36 @@ def test_print_config(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert main(["serve", "--config", str(config), "--keep-alive", "5m", "--no-sandbox", "--print-config"]) == 0
     printed = capsys.readouterr().out
     for line in (
-        "queue = 3 # EDGERT_SERVE_QUEUE", f"max_tokens = 7 # {config}", "keep_alive_s = 300 # --keep-alive-s",
+        "queue = 3 # EDGERT_SERVE_QUEUE", f"max_tokens = 7 # {config}", "keep_alive_s = 300 # --keep-alive",
         "sandbox = false # --sandbox", "log = \"text\" # default",
     ):  # fmt: skip
         assert line in re.sub(" +", " ", printed)
     assert main(["serve", "--port", "x"]) == 2
     assert capsys.readouterr().err.startswith("edgert: error: --port: port is 'x', expected a whole number")
+
+
+def test_help_has_a_line_for_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sorted(name for group in GROUPS.values() for name in group) == sorted(RULES)
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^  {flag(name)}\b", printed, re.MULTILINE) for name in RULES)
+    assert "--keep-alive TIME" in printed
+    assert "--keep-alive-s" not in printed
+
+
+def test_nothing_to_serve_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert main(["serve"]) == 2
+    assert "nothing to serve" in capsys.readouterr().err
+
+
+def test_a_wrong_path_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "small.edge").mkdir()
+    with pytest.raises(UsageError, match=r"no such folder; did you mean small\.edge\?"):
+        read({"models": [str(tmp_path / "small")]}, {"XDG_CONFIG_HOME": str(tmp_path)})
 
 
 def test_the_table_in_the_documentation_is_complete() -> None:

@@ -547,3 +547,36 @@ def test_a_step_costs_the_same_however_long_the_text(made):
             text += decoder.push(token_id)
             assert len(decoder._window) <= 33
         assert text + decoder.flush() == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_long_texts_are_encoded_as_short_ones(made, monkeypatch, special):
+    """They go another way, so that other threads can run meanwhile."""
+    text = "".join(TEXTS) * 10
+    expected = {name: tokenizer.encode(text, special=special) for name, tokenizer in made.items()}
+    monkeypatch.setattr("edgert.text.LONG_CHARS", 100)
+    monkeypatch.setattr("edgert.text.LONGEST_CHARS", 1)
+    for name, tokenizer in made.items():
+        fresh = Tokenizer(tokenizer._backend, {}, {})
+        assert tokenizer.encode(text, special=special) == expected[name]
+        assert 0 < fresh.least_tokens(text) <= len(expected[name])
+        assert fresh.least_tokens("short") == 0
+        with pytest.raises(UsageError, match="half a surrogate"):
+            tokenizer.encode("x" * 100 + "\ud800")
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(made):
+    """A worker answers its server meanwhile, or counts as hung."""
+    text, beats, done = "the cat and the dog " * 20_000, 0, threading.Event()
+
+    def encode() -> None:
+        made["bytes"].encode(text)
+        done.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    while not done.is_set():
+        beats += 1
+        done.wait(0.001)
+    thread.join()
+    assert beats > 5

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from queue import Queue, SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar
 
-from edgert.service.protocol import Load, Message, Piece, Refused, Start, Started, Step, Stop, decode, encode
+from edgert.service.protocol import Load, Message, Piece, Refused, Start, Started, Step, decode, encode
 from edgert.service.worker.serving import Item, Serving, serve
 
 PATIENCE_S = 60.0
@@ -140,7 +139,7 @@ class Inside(Client):
         super().__init__()
         self._messages: Queue[Message] = Queue()
         inbox: SimpleQueue[Item] = SimpleQueue()
-        self.serving = Serving(load, self._messages.put, inbox, [], time.perf_counter())
+        self.serving = Serving(load, self._messages.put, inbox, [])
         change(self.serving)
         self.exit_code: int | None = None
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -156,7 +155,7 @@ class Inside(Client):
         return self._messages.get(timeout=PATIENCE_S)
 
     def end(self) -> int | None:
-        self.send(Stop(now=True))
+        self.serving.receive(None)
         self._thread.join(PATIENCE_S)
         return self.exit_code
 

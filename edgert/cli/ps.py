@@ -47,7 +47,7 @@ def table(models: Sequence[dict[str, Any]]) -> Table:
         cells = [
             model["name"] + (" (pinned)" if model["pinned"] else ""),
             model["state"],
-            model["plan"] or "–",
+            (model["plan"] or "–").removeprefix("single device "),
             "–" if model["memory_bytes"] is None else brief(model["memory_bytes"]),
             str(model["running"]),
             str(model["waiting"]),

@@ -25,7 +25,11 @@ examples
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("service", help="let systemd keep the service (Linux)", epilog=EPILOG)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    add = verbs.add_parser("install", help="write user units, hardened and socket-activated")
+    add = verbs.add_parser(
+        "install",
+        help="write user units, hardened and socket-activated",
+        usage="edgert service install [--now] [BUNDLE ...] [settings]",
+    )
     add_settings(add)
     add.add_argument("--dry-run", action="store_true", help="print the units instead")
     add.add_argument("--now", action="store_true", help="enable and start the socket, and restart a service that runs")

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -45,6 +46,24 @@ def configure(form: Literal["text", "json"], *, prompts: bool = False, stream: A
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
+def trace(exc_info: Any) -> str:
+    """Where an exception comes from and of which class it is, without its text, which may quote what people write."""
+    found: traceback.TracebackException | None = traceback.TracebackException(*exc_info, lookup_lines=False)
+    lines = ["Traceback:"]
+    while found is not None:
+        lines += [f"  {frame.filename}:{frame.lineno} in {frame.name}" for frame in found.stack]
+        lines.append(found.exc_type.__name__ if found.exc_type is not None else "an exception")
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+    return "\n".join(lines)
+
+
+class Quiet(logging.Formatter):
+    """For processes that write their log by themselves: no exception's text."""
+
+    def formatException(self, ei: Any) -> str:
+        return trace(ei)
+
+
 class _Formatter(logging.Formatter):
     """One line a record. The journal has times of its own, and takes the level as `<6>` before the line."""
 
@@ -58,7 +77,7 @@ class _Formatter(logging.Formatter):
         given: Mapping[str, Any] = getattr(record, "facts", {})
         facts = {k: v for k, v in given.items() if self._prompts or k not in PRIVATE}
         if record.exc_info:
-            facts["error"] = self.formatException(record.exc_info)
+            facts["error"] = self.formatException(record.exc_info) if self._prompts else trace(record.exc_info)
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         level, message = record.levelname.lower(), record.getMessage()
         if self._form == "json":

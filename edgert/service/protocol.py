@@ -7,7 +7,7 @@ HTTP. The first message of a worker is `Ready` or `Failed`; the first that it ge
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 MAX_LINE_BYTES = 64 * 2**20  # a prompt of a million tokens is far below
@@ -66,8 +66,7 @@ class Start:
 
     Attributes:
         generated: tokens that another worker has already generated and sent: they are not sent again, and what
-            follows is what that worker would have sent.
-        seed: always a number here, so that a generation can be continued.
+            follows is what that worker would have sent. That takes a `seed` in `sampling`.
     """
 
     id: int
@@ -130,9 +129,7 @@ class Drop:
 
 @dataclass(frozen=True)
 class Stop:
-    """End; the running generations are finished first unless `now`."""
-
-    now: bool = False
+    """End, once the requests that came before it are finished."""
 
 
 # --- from the worker -------------------------------------------------------------------------------------------------
@@ -147,7 +144,6 @@ class PlanOffer:
         latency_us, energy_uj, watts: predicted for a typical request; None where nobody knows.
         units: the hardware in use.
         blocks: where blocks run: `contract.PlacedBlocks` as objects.
-        plan: as JSON.
     """
 
     name: str
@@ -156,7 +152,6 @@ class PlanOffer:
     watts: float | None
     units: list[str]
     blocks: list[dict[str, Any]]
-    plan: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -164,26 +159,18 @@ class Ready:
     """The model is loaded and has computed a token.
 
     Attributes:
-        task, context_length, vocab_size, hidden_size: the model's.
+        task, context_length: the model's; the length is at most what the memory for caches holds.
         plan: the name of the one in use.
         plans: all that can be switched to, the one in use first.
-        thinks: whether its template has blocks of thoughts.
-        batched: whether sequences share steps.
-        load_us: from `Load` to here.
-        sandbox: what holds the worker, e.g. `["landlock", "no new privileges"]`.
+        sandbox: what holds the worker, and what could not be had, as `sandbox.enter` says it.
         warnings: of the plan.
         emulated: whether a device is.
     """
 
     task: str
     context_length: int
-    vocab_size: int
-    hidden_size: int
     plan: str
     plans: list[PlanOffer]
-    thinks: bool
-    batched: bool
-    load_us: float
     sandbox: list[str]
     warnings: list[str]
     emulated: bool
@@ -256,13 +243,11 @@ class Pong:
     """The loop is alive.
 
     Attributes:
-        running: generations.
         kv_bytes: of all caches; `idle_kv_bytes` those that nobody uses now.
         watts: of the machine over the last seconds; None where unknown.
     """
 
     id: int
-    running: int
     kv_bytes: int
     idle_kv_bytes: int
     watts: float | None = None
@@ -307,12 +292,24 @@ _KINDS: dict[str, type[Any]] = {cls.__name__: cls for cls in Message.__args__}
 
 
 def encode(message: Message) -> bytes:
-    """A line, with its end."""
-    if isinstance(message, Step):  # a token's way to its reader: `asdict` would take longer than all the rest
-        data: dict[str, Any] = {"pieces": [_sparse(piece) for piece in message.pieces]}
-    else:
-        data = asdict(message)
-    return json.dumps({"is": type(message).__name__, **data}, separators=(",", ":")).encode() + b"\n"
+    """A line, with its end.
+
+    Raises:
+        ValueError: the other side would not take it: it is too long, or nested too deeply.
+    """
+    # Not `asdict`, which copies what is in there piece by piece: for a large prompt that takes seconds.
+    data: dict[str, Any] = dict(vars(message))
+    if isinstance(message, Step):
+        data["pieces"] = [_sparse(piece) for piece in message.pieces]
+    elif isinstance(message, Ready):
+        data["plans"] = [vars(offer) for offer in message.plans]
+    try:
+        line = json.dumps({"is": type(message).__name__, **data}, separators=(",", ":")).encode() + b"\n"
+    except RecursionError as error:
+        raise ValueError("nested too deeply for a message") from error
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"{len(line)} bytes as a message, at most {MAX_LINE_BYTES} allowed")
+    return line
 
 
 def decode(line: bytes) -> Message:

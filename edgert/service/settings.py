@@ -64,7 +64,7 @@ class Settings:
         prefill_chunk, preempt_ms, threads, device_timeout_s, declared_watts: see `protocol.Load`.
         step_timeout_s: a worker whose loop is silent for so long while it has work counts as hung.
         power: the policy; `max_watts` and `joules_per_hour` are limits, None for none.
-        dwell_s: for how long another plan must be better before it is taken.
+        dwell_s: for how long another mode of the policy must have been the right one before it is taken, and its plans.
         keep_alive_s: after its last request a model stays loaded for so long; negative for ever. One that takes seconds
             to load stays longer, by the rule in `idle`; where a request says how long, it is that long.
         drop_after_s: idle caches are forgotten, or, with `park`, kept in files; None for never.
@@ -173,6 +173,12 @@ MODEL_RULES: dict[str, Rule] = {
 Origins = Mapping[str, str]
 
 
+def flag(name: str) -> str:
+    """A setting's flag on the command line, which leaves its unit out."""
+    short = next((name.removesuffix(unit) for unit in ("_bytes", "_ms", "_s") if name.endswith(unit)), name)
+    return f"--{short.replace('_', '-')}"
+
+
 def default_file(environ: Mapping[str, str]) -> Path:
     """Where the settings are read from if nobody says; it need not be there."""
     return config_folder(environ) / "serve.toml"
@@ -221,7 +227,7 @@ def read(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
 
     flags = dict(flags)
     _add_paths(models, origins, flags.pop("models", ()), COMMAND_LINE)
-    _add(given, origins, flags, {name: "--" + name.replace("_", "-") for name in flags}, Path.cwd())
+    _add(given, origins, flags, {name: flag(name) for name in flags}, Path.cwd())
 
     if "socket" not in given:
         given["socket"] = default_socket(environ)
@@ -326,7 +332,7 @@ def _add_paths(models: dict[str, ModelSettings], origins: dict[str, str], texts:
             name, rest = "", text
         path: Path = _value(MODEL_RULES["path"], rest, "bundle", where, Path.cwd())
         if not path.is_dir():
-            raise UsageError(f"{where}: bundle {path}: no such folder")
+            raise UsageError(f"{where}: bundle {path}: no such folder{_nearest(path)}")
         name = _name(name or path.name.removesuffix(".edge"), f"{where}: bundle {path}")
         if origins.get(f"models.{name}") == where:
             raise UsageError(f"{where}: two bundles are called {name!r}; choose names with NAME=PATH")
@@ -336,10 +342,23 @@ def _add_paths(models: dict[str, ModelSettings], origins: dict[str, str], texts:
         origins[f"models.{name}"] = where
 
 
+def _nearest(path: Path) -> str:
+    """A hint at a bundle in the same folder whose name is much alike."""
+    from difflib import get_close_matches
+
+    try:
+        there = [each.name for each in path.parent.iterdir() if each.name.endswith(".edge")]
+    except OSError:
+        return ""
+    wanted = path.name if path.name.endswith(".edge") else path.name + ".edge"
+    near = get_close_matches(wanted, there, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def _name(name: str, where: str) -> str:
     if not values.MODEL_NAME.fullmatch(name):
         raise UsageError(
-            f"{where}: a model's name is {name[:150]!r}, expected up to 128 letters, digits and . _ : -, the first a "
+            f"{where}: a model's name is {name[:150]!r}, expected up to 128 letters, digits and . _ : + -, the first a "
             "letter or digit"
         )
     return name

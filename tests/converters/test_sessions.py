@@ -112,7 +112,7 @@ def test_a_model_that_says_something_else_when_cut_stays_whole(
 def test_a_worker_embeds_the_same(encoder: edgert.Model) -> None:
     worker = Inside(load_of(encoder.bundle.path, device="CPU@f32"))
     ready = worker.wait_for(Ready)
-    assert (ready.task, ready.hidden_size, ready.batched) == ("encoder", encoder.facts.hidden_size, False)
+    assert (ready.task, ready.context_length) == ("encoder", encoder.facts.context_length)
     texts = ["The quick brown fox", "a model"]
     worker.send(Embed(1, texts))
     worker.send(Embed(2, texts[:1]))

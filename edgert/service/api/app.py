@@ -148,6 +148,7 @@ class Account:
         endpoint = endpoint_of(scope["path"])
         self.state.metrics.request(endpoint, code)
         record: Record = scope.get(RECORD) or Record()
+        self.state.body_bytes -= record.body_bytes
         usages = record.usage.values()
         quiet = code < 400 and scope["method"] != "POST"
         logs.event(

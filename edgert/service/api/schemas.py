@@ -14,6 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_MESSAGES = 2048
+MAX_PARTS = 1024  # of a message
+MAX_TOKENS = 2**20  # of a prompt that is given as tokens
 MAX_CHOICES = 16
 MAX_INT = 2**31 - 1
 MAX_KEEP_ALIVE_S = 1e9
@@ -26,17 +28,32 @@ Text = Annotated[str, Field(max_length=2**26)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], Field(max_length=16)]
 Schema = dict[str, Any]
+MAX_BIASES = 1024
+MAX_NOTES = 16
+
+
+def _few(data: Any, most: int) -> Any:
+    """Of an object, before its members are looked at: each wrong one would become an error of some 500 bytes."""
+    if isinstance(data, dict) and len(data) > most:
+        raise ValueError(f"at most {most} members are allowed, not {len(data)}")
+    return data
+
+
 Biases = Annotated[
     dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
-    Field(max_length=1024, json_schema_extra={"additionalProperties": False}),
+    Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False}),
+    BeforeValidator(lambda data: _few(data, MAX_BIASES)),
 ]
+Notes = Annotated[dict[str, Text], Field(max_length=MAX_NOTES), BeforeValidator(lambda data: _few(data, MAX_NOTES))]
 
 
 def seconds(value: Any) -> Any:
-    """`"5m"`, `"1.5h"`, `"300"` as seconds; anything else as it is."""
+    """`"5m"`, `"1.5h"`, `"300"` as seconds; what is no text as it is."""
     if isinstance(value, str) and re.fullmatch(_DURATION, value):
         number = value.rstrip("mhs")
         return float(number) * _UNITS[value[len(number) :]]
+    if isinstance(value, str):
+        raise ValueError('expected seconds, or text such as "5m" or "1.5h"')
     return value
 
 
@@ -79,6 +96,10 @@ class Part(Asked):
         return data
 
 
+# The first wrong one ends it: an error for each of a million would take gigabytes.
+Parts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
+
+
 class CalledFunction(Asked):
     name: Name
     arguments: Text
@@ -92,7 +113,7 @@ class ToolCall(Asked):
 
 class Message(Asked):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None = None
+    content: Text | Parts | None = None
     name: Name | None = None
     tool_calls: list[ToolCall] | None = Field(None, max_length=128)
     tool_call_id: Name | None = None
@@ -172,7 +193,7 @@ class ChatRequest(Sampled):
         "moderation": (), "prediction": (), "store": (False,), "verbosity": ("medium",), "web_search_options": (),
     }  # fmt: skip
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stop: Stop | Stops | None = None
     max_tokens: int | None = Field(None, ge=1, le=MAX_INT)
@@ -198,7 +219,9 @@ class CompletionRequest(Sampled):
     }  # fmt: skip
 
     prompt: (
-        Text | Annotated[list[Text], Field(min_length=1, max_length=64)] | Annotated[list[Token], Field(min_length=1)]
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=64, fail_fast=True)]
+        | Annotated[list[Token], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
     )
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stop: Stop | Stops | None = None
@@ -212,7 +235,7 @@ class EmbeddingsRequest(Asked):
     """`POST /v1/embeddings`."""
 
     model: Name
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048, fail_fast=True)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1, le=65536)
     user: str | None = Field(None, max_length=4096)
@@ -222,7 +245,7 @@ class EmbeddingsRequest(Asked):
 class InputItem(Asked):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    content: Text | Parts
 
 
 class TextFormat(Asked):
@@ -251,13 +274,13 @@ class ResponsesRequest(Sampled):
         "truncation": ("disabled",),
     }  # fmt: skip
 
-    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     instructions: Text | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=MAX_INT)
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
     reasoning_budget: int | None = Field(None, ge=0, le=MAX_INT)
-    metadata: dict[str, Text] | None = Field(None, max_length=16)
+    metadata: Notes | None = None
 
 
 class LoadRequest(Asked):

@@ -25,11 +25,13 @@ class Record:
     Attributes:
         model: its name, once the engine has accepted it.
         usage: by the number of the choice.
+        body_bytes: of its body, as far as it has come.
         prompt, answer: text, only where the service logs it.
     """
 
     model: str | None = None
     usage: dict[int, Usage] = field(default_factory=dict)
+    body_bytes: int = 0
     prompt: Any = None
     answer: list[str] | None = None
 
@@ -39,12 +41,14 @@ class State:
 
     Attributes:
         started_s: when, in seconds since 1970.
+        body_bytes: of all requests that are there now.
     """
 
     def __init__(self, service: Service, settings: Settings) -> None:
         self.service = service
         self.settings = settings
         self.started_s = int(time.time())
+        self.body_bytes = 0
 
     @cached_property
     def metrics(self) -> Metrics:

@@ -29,6 +29,7 @@ from edgert.errors import EdgertError, ServiceError
 from edgert.service import logs
 from edgert.service.contract import Service
 from edgert.service.daemon import keys, sockets
+from edgert.service.daemon.connections import Connection
 from edgert.service.daemon.notify import Notifier
 from edgert.service.settings import Settings, is_loopback
 
@@ -41,8 +42,6 @@ IDLE_LOOK_S = 60.0
 
 class RunningService(Service, Protocol):
     """What the server needs of a service beyond what requests need."""
-
-    async def start(self) -> None: ...
 
     async def close(self, grace_s: float) -> None: ...
 
@@ -153,14 +152,16 @@ async def _serve(
         make = Pool
     service = make(settings)
     server = Server(uvicorn_config(create_app(service, settings, key=key)), service, settings.grace_s, notifier)
-    await service.start()
     tasks = [asyncio.create_task(_write_down(service))]
     serving = asyncio.create_task(server.serve(sockets=listening.listeners))
     try:
         ready = asyncio.create_task(_prepare(service, settings, notifier))
-        await asyncio.wait({serving, ready}, return_when=asyncio.FIRST_COMPLETED)
-        if serving.done():
+        stopped = asyncio.create_task(server.stopped())
+        tasks.append(stopped)
+        await asyncio.wait({serving, ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done() or stopped.done():  # what was to be loaded is not wanted any more
             ready.cancel()
+            await asyncio.gather(ready, return_exceptions=True)
             await serving
             return
         await ready
@@ -183,11 +184,11 @@ async def _serve(
 
 
 def uvicorn_config(app: Callable[..., object]) -> uvicorn.Config:
-    """How uvicorn is run: plain HTTP/1.1, no log, lifespan or header of its own."""
+    """How uvicorn is run: plain HTTP/1.1, connections that end, no log, lifespan or header of its own."""
     return uvicorn.Config(
         app,
         loop="asyncio",
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         interface="asgi3",
@@ -237,8 +238,12 @@ class Server(uvicorn.Server):
         self.should_exit = True
         self._stopping.set()
 
-    async def main_loop(self) -> None:
+    async def stopped(self) -> None:
+        """Wait until it has been told to end."""
         await self._stopping.wait()
+
+    async def main_loop(self) -> None:
+        await self.stopped()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._notifier.tell("STOPPING=1", "STATUS=finishing what runs")

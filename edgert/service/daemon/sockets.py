@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import stat
 import sys
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -14,6 +16,7 @@ from edgert.service.settings import Settings
 
 FIRST_FD = 3  # SD_LISTEN_FDS_START
 BACKLOG = 128
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # a lock is emptied, which must not happen to what a link leads to
 
 
 class Lock:
@@ -27,12 +30,14 @@ class Lock:
         self.path = path
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            _check_folder(path)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o600)
         except OSError as error:
             raise ServiceError(f"lock {path}: {error.strerror}") from error
         if not _lock(self._file):
             os.close(self._file)
-            raise ServiceError(f"another service runs already, as process {holder(path) or 'unknown'} ({path})")
+            process = holder(path) or "unknown"
+            raise ServiceError(f"another service runs already, as process {process} ({path}); `edgert stop` ends yours")
         os.ftruncate(self._file, 0)
         os.write(self._file, f"{os.getpid()}\n".encode())
 
@@ -120,9 +125,7 @@ def unix_socket(path: Path) -> socket.socket:
         raise ServiceError(f"socket {path}: Python knows no Unix sockets on Windows; use port")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = path.parent.stat().st_uid
-        if owner != os.getuid():
-            raise ServiceError(f"socket {path}: its folder belongs to user {owner}, expected {os.getuid()}")
+        _check_folder(path)
         if path.is_socket() and _answers(path):
             raise ServiceError(f"socket {path}: another program answers there")
         if path.is_socket():
@@ -140,6 +143,23 @@ def unix_socket(path: Path) -> socket.socket:
     except OSError as error:
         raise ServiceError(f"socket {path}: {error.strerror}") from error
     return listener
+
+
+def _check_folder(path: Path) -> None:
+    """Nobody else may put something else in the place of a file: a socket that listens to what we are asked, or a link.
+
+    Raises:
+        ServiceError: the folder belongs to another user, or others may write to it (unless as in /tmp, where they
+            cannot remove what is not theirs).
+    """
+    if sys.platform == "win32":  # where a user's folders are the user's
+        return
+    folder = path.parent.stat()
+    if folder.st_uid != os.getuid():
+        raise ServiceError(f"{path}: its folder belongs to user {folder.st_uid}, expected {os.getuid()}")
+    if folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX:
+        mode = f"{stat.S_IMODE(folder.st_mode):o}"
+        raise ServiceError(f"{path}: others may write to its folder (mode {mode}); chmod 700 it")
 
 
 def _answers(path: Path) -> bool:
@@ -175,5 +195,6 @@ def tcp_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         if listener is not None:
             listener.close()
-        raise ServiceError(f"port {port} of {host}: {error.strerror}") from error
+        hint = "; choose another one, or 0 for one that is free" if error.errno == errno.EADDRINUSE else ""
+        raise ServiceError(f"port {port} of {host}: {error.strerror}{hint}") from error
     return listener

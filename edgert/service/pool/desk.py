@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from edgert.errors import BusyError, EdgertError, WorkerError
+from edgert.errors import BusyError, EdgertError, UsageError, WorkerError
 from edgert.service.contract import Embeddings, EnergyProvenance
 from edgert.service.pool.jobs import Embedding, Generation, Job, refusal
-from edgert.service.pool.meter import Meter
 from edgert.service.pool.queueing import FairQueue
 from edgert.service.pool.recovery import POISON_AFTER, SUSPECT_AFTER
 from edgert.service.pool.shared import Shared
@@ -19,6 +18,8 @@ _USUAL_S = 5.0  # a request's time, where none has ended yet
 _WEIGHT = 0.2  # of the newest request, in the running mean of their times
 LONGEST_RETRY_S = 600.0
 _REJECT_EVENTS_S = 10.0  # a flood of requests must not wash all other events away
+_SPAN_S, _GRAIN_S = 10.0, 0.5  # of meters
+_LEAST_RATE_S = 1.0  # a single token just now is no rate yet
 
 
 class Desk:
@@ -119,7 +120,11 @@ class Desk:
             if job.interrupted is not None and isinstance(job, Generation) and worker.ready is not None:
                 job.note(f"{job.interrupted}; it goes on with plan {worker.ready.plan}")
                 job.interrupted = None
-            worker.send(job.begin(number, now))
+            try:
+                worker.send(job.begin(number, now))
+            except ValueError as error:  # of `encode`, before anything was written
+                del self._running[number]
+                job.fail(UsageError(f"model {self._name}: the request is {error}"))
 
     def take(self, message: Message, worker: Worker) -> bool:
         """A message about requests; whether it is a result: then the worker works."""
@@ -173,8 +178,11 @@ class Desk:
         self._running.clear()
         self._resuming.clear()
 
-    def end(self, error: EdgertError) -> None:
-        """As `fail`, for those set aside too."""
+    def end(self, error: EdgertError, worker: Worker | None) -> None:
+        """As `fail`, for those set aside too; the worker is told, which would finish them otherwise."""
+        if worker is not None:
+            for number in self._running:
+                worker.send(Cancel(number))
         self.fail(error)
         for job in self._aside:
             job.fail(error)
@@ -257,3 +265,32 @@ class Desk:
         del self._running[job.id]
         self._service_s += _WEIGHT * (now - job.started_s - self._service_s)
         self._shared.wake()
+
+
+class Meter:
+    """Sums of amounts over the last ten seconds. Plain data: the times are the caller's."""
+
+    def __init__(self) -> None:
+        self._buckets: deque[tuple[float, float]] = deque()  # when each begins, and its sum
+
+    def add(self, amount: float, now_s: float) -> None:
+        if self._buckets and now_s - self._buckets[-1][0] < _GRAIN_S:
+            begin, total = self._buckets[-1]
+            self._buckets[-1] = (begin, total + amount)
+            return
+        self._forget(now_s)
+        self._buckets.append((now_s, amount))
+
+    def total(self, now_s: float) -> float | None:
+        """Of the span; None where nothing came in it."""
+        self._forget(now_s)
+        return sum(amount for _, amount in self._buckets) if self._buckets else None
+
+    def rate(self, now_s: float) -> float | None:
+        """A second, since the oldest amount in the span; None where nothing came in it."""
+        total = self.total(now_s)
+        return None if total is None else total / max(now_s - self._buckets[0][0], _LEAST_RATE_S)
+
+    def _forget(self, now_s: float) -> None:
+        while self._buckets and now_s - self._buckets[0][0] > _SPAN_S:
+            self._buckets.popleft()

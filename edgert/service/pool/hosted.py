@@ -8,14 +8,13 @@ from typing import Literal, cast
 
 from edgert.errors import BundleError, EdgertError, WorkerError
 from edgert.service.contract import EnergyProvenance, ModelState, ModelStatus
+from edgert.service.footprint import OVERHEAD, bundle_bytes, resident_bytes
 from edgert.service.pool.desk import Desk
-from edgert.service.pool.footprint import OVERHEAD, bundle_bytes, resident_bytes
+from edgert.service.pool.idle import Rest
 from edgert.service.pool.jobs import Job, error_of
-from edgert.service.pool.loading import load_message, park_folder
 from edgert.service.pool.recovery import FALLBACK_DEVICE, Recovery, culprits, lasting
-from edgert.service.pool.rest import Rest
 from edgert.service.pool.shared import Shared
-from edgert.service.pool.steering import Steering
+from edgert.service.pool.steering import Steering, load_message, park_folder
 from edgert.service.pool.workers import Ended, Worker
 from edgert.service.protocol import Drop, Dropped, Message, PlanUsed, Pong, Ready
 from edgert.service.settings import ModelSettings
@@ -51,6 +50,7 @@ class Hosted:
         self._recovery = Recovery(shared.patience)
         self._leaving: Literal["unload", "evict", "again"] | None = None
         self._again = False  # wanted although nobody asks: it was loaded, and should be
+        self._fell_back = False  # its worker runs on the most careful configuration, which nobody asked for
         self._error: EdgertError | None = None  # why nothing is tried until somebody asks again
         self._waiters: list[asyncio.Future[None]] = []  # for Ready
         self._gone: list[asyncio.Future[None]] = []  # for the worker's end
@@ -177,10 +177,13 @@ class Hosted:
         self.room_since_s = None
         try:
             avoid = self._shared.quarantine.avoided(self._shared.clock())
-            load = load_message(self._shared.settings, self.settings, avoid, fallback=self._recovery.fallback)
+            load = load_message(self._shared.settings, self.settings, avoid)
         except EdgertError as error:
             self.give_up(error)
             return
+        self._fell_back = self._recovery.fallback and load.device != FALLBACK_DEVICE
+        if self._fell_back:
+            load = replace(load, plan=None, device=FALLBACK_DEVICE, objective=None)
         self.worker = Worker(
             self.name,
             self._shared.command,
@@ -326,14 +329,11 @@ class Hosted:
             return
         self._recovery.failed(now, ready=ready is not None, outside=ended.outside)
         if self._recovery.hopeless:
-            self.give_up(
-                WorkerError(f"model {self.name}: {self._recovery.unready} workers in a row failed; the last one: "
-                            f"{ended.reason}")
-            )  # fmt: skip
+            count = self._recovery.unready
+            self.give_up(WorkerError(f"model {self.name}: {count} workers in a row failed; the last: {ended.reason}"))
         else:
             self._again = self.pinned or self.settings.preload or self._again
-        if self.wanted:
-            self.restarts += 1
+        self.restarts += self.wanted
 
     def _step_down(self) -> None:
         """End the worker; what it remembers is parked first, where that is wanted."""
@@ -373,16 +373,16 @@ class Hosted:
     def _well_again_s(self, worker: Worker) -> float | None:
         """When an idle worker that avoids hardware, or took the fallback, gives way to one as it should be."""
         ends = [self._shared.quarantine.end_s(unit) for unit in worker.load.avoid]
-        if self._fell_back(worker):
+        if self._fell_back:
             ends.append(self._ready_s + self._shared.patience.again_s)
         return max(ends, default=None)
 
-    def _fell_back(self, worker: Worker) -> bool:
-        return worker.load.device == FALLBACK_DEVICE and self.settings.device != FALLBACK_DEVICE
-
     def _warnings(self, worker: Worker) -> list[str]:
         found = [f"{unit} is avoided: {reason}" for unit, reason in worker.load.avoid.items()]
-        return [*found, f"runs on {FALLBACK_DEVICE} after several failures"] if self._fell_back(worker) else found
+        if self._fell_back:
+            found.append(f"runs on {FALLBACK_DEVICE} after several failures")
+        held = () if worker.ready is None else worker.ready.sandbox
+        return [*found, *(f"sandbox: {each}" for each in held if each.startswith("without "))]
 
     def _touch(self, keep_alive_s: float | None) -> None:
         self.used_s = self._shared.clock()

@@ -13,8 +13,9 @@ waits; `UNDOING` says how much worse a second of that is than a second of all th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from edgert.service.settings import ModelSettings, Settings
 
 UNDOING = 10.0
 LONGEST = 8.0  # times the configured wait: a model that takes minutes to load may not stay for days
@@ -35,54 +36,76 @@ def due_after_s(configured_s: float, undo_s: float, held_share: float) -> float:
     return max(configured_s, min(break_even_s, LONGEST * configured_s))
 
 
-@dataclass(frozen=True)
-class Ladder:
-    """The steps of one model, in seconds of idleness; None: never taken.
+class Rest:
+    """The idleness of one model. Plain data: the times are the caller's.
 
     Attributes:
-        drop_s: forget or park its caches.
-        unload_s: end its worker.
+        since_s: when it began; None while the model has requests, or no worker.
+        dropping, dropped: whether its idle caches should be gone, and are.
+        reload_s: what loading took last; 0 where nobody knows.
     """
 
-    drop_s: float | None
-    unload_s: float | None
+    def __init__(self, own: ModelSettings, common: Settings) -> None:
+        self._usual_s = common.keep_alive_s if own.keep_alive_s is None else own.keep_alive_s
+        self._drop_after_s = common.drop_after_s
+        self._asked_s: float | None = None
+        self._drop_s: float | None = None  # seconds of idleness until then; None: never
+        self._unload_s: float | None = None
+        self.since_s: float | None = None
+        self.dropping = self.dropped = False
+        self.reload_s = 0.0
 
-    def due(self, idle_s: float, *, dropped: bool) -> Rung | None:
-        """The step to take now; one that is further down goes first, as it covers what lies above it."""
-        if self.unload_s is not None and idle_s >= self.unload_s:
+    def touch(self, keep_alive_s: float | None, now_s: float) -> None:
+        """Something is asked of the model, which shall then stay for so long; None for as long as usual."""
+        self._asked_s = keep_alive_s
+        if self.since_s is not None:
+            self.since_s = now_s
+
+    def end(self) -> None:
+        """It has requests, or no worker any more."""
+        self.since_s = None
+        self.dropping = self.dropped = False
+
+    def begin(self, now_s: float) -> None:
+        """It has none."""
+        if self.since_s is None:
+            self.since_s = now_s
+
+    def climb(self, *, pinned: bool, prefill_s: float, held_share: float, kv_share: float) -> None:
+        """Reckon the steps again, as things are now.
+
+        Args:
+            pinned: it stays loaded.
+            prefill_s: measured, of its longest prompt; 0 where not known.
+            held_share, kv_share: of the memory that the service may use, what the worker and its idle caches hold.
+        """
+        after_s = self._drop_after_s
+        self._drop_s = None if after_s is None else due_after_s(after_s, prefill_s, min(1.0, kv_share))
+        keep_s = self._usual_s if self._asked_s is None else self._asked_s
+        if pinned or keep_s < 0:
+            self._unload_s = None
+        elif self._asked_s is not None:  # meant to the second
+            self._unload_s = keep_s
+        else:
+            self._unload_s = due_after_s(keep_s, self.reload_s, min(1.0, held_share))
+
+    def due(self, now_s: float) -> Rung | None:
+        """The step to take now; the one that is further down goes first, as it covers the other."""
+        if self.since_s is None:
+            return None
+        idle_s = now_s - self.since_s
+        if self._unload_s is not None and idle_s >= self._unload_s:
             return "unload"
-        if self.drop_s is not None and idle_s >= self.drop_s and not dropped:
+        if self._drop_s is not None and idle_s >= self._drop_s and not self.dropping:
             return "drop"
         return None
 
-    def next_s(self, *, dropped: bool) -> float | None:
-        """Seconds of idleness at which a step is due; None where none will be."""
-        steps = [self.unload_s, None if dropped else self.drop_s]
-        return min((step for step in steps if step is not None), default=None)
+    def due_s(self) -> float | None:
+        """When the next step is due, on the clock; None where none will be."""
+        steps = [self._unload_s, None if self.dropping else self._drop_s]
+        step_s = min((step for step in steps if step is not None), default=None)
+        return None if self.since_s is None or step_s is None else self.since_s + step_s
 
-
-def ladder(
-    *,
-    drop_after_s: float | None,
-    keep_alive_s: float,
-    asked: bool,
-    pinned: bool,
-    reload_s: float,
-    prefill_s: float,
-    held_share: float,
-    kv_share: float,
-) -> Ladder:
-    """The steps of a model as it is now.
-
-    Args:
-        drop_after_s: from the settings; None for never.
-        keep_alive_s: from the settings, or as a request asked; negative for ever.
-        asked: whether a request asked for `keep_alive_s`: then it is meant to the second, and nothing stretches it.
-        pinned: it stays loaded.
-        reload_s, prefill_s: measured; 0 where not known.
-        held_share, kv_share: of the memory that the service may use, what the worker and its caches hold.
-    """
-    drop_s = None if drop_after_s is None or drop_after_s < 0 else due_after_s(drop_after_s, prefill_s, kv_share)
-    if pinned or keep_alive_s < 0:
-        return Ladder(drop_s, None)
-    return Ladder(drop_s, keep_alive_s if asked else due_after_s(keep_alive_s, reload_s, held_share))
+    def unload_s(self) -> float | None:
+        """When it will be unloaded, on the clock; None where it will not."""
+        return None if self.since_s is None or self._unload_s is None else self.since_s + self._unload_s

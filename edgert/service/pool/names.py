@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from edgert.errors import UnknownModelError
 from edgert.service.settings import ModelSettings, Settings
+from edgert.service.values import MODEL_NAME
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,127}")
 _ENDING = ".edge"
 
 
@@ -25,7 +24,7 @@ class Names:
         found = dict(self._models)
         for path in self._bundles():
             name = path.name.removesuffix(_ENDING)
-            if _NAME.fullmatch(name):
+            if MODEL_NAME.fullmatch(name):
                 found.setdefault(name, ModelSettings(path, name))
         return found
 
@@ -35,8 +34,11 @@ class Names:
             return self._models[name]
         models = self.all()
         if name not in models:
-            known = ", ".join(sorted(models)[:10]) or "none"
-            raise UnknownModelError(f"model {name[:128]!r} is not known; known are: {known}")
+            from difflib import get_close_matches
+
+            known, near = ", ".join(sorted(models)[:10]) or "none", get_close_matches(name[:128], models, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UnknownModelError(f"model {name[:128]!r} is not known; {hint}known are: {known}")
         return models[name]
 
     def _bundles(self) -> Iterator[Path]:

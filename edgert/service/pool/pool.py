@@ -1,7 +1,6 @@
 """Which models are loaded: `Pool` is the `contract.Service` that `edgert serve` offers.
 
     pool = Pool(settings)
-    await pool.start()
     async for delta in pool.generate(Request("qwen3", prompt="Once upon a time")):
         print(delta.text, end="")
     await pool.close(grace_s=30)
@@ -22,8 +21,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 import edgert
 from edgert.errors import EdgertError, WorkerError
 from edgert.service.contract import Delta, Embeddings, Health, ModelStatus, Request, Status
+from edgert.service.footprint import machine_bytes
 from edgert.service.pool.events import Subscription
-from edgert.service.pool.footprint import machine_bytes
 from edgert.service.pool.hosted import Hosted
 from edgert.service.pool.jobs import Embedding, Generation
 from edgert.service.pool.names import Names
@@ -44,6 +43,8 @@ _END_S = 5.0  # workers may take to end when the service does
 
 class Pool:
     """The models of the service. See `contract.Service` for its methods, and what they raise.
+
+    Made inside the event loop that it is to run in. Models are loaded when they are first asked for, or by `load`.
 
     Args:
         settings: of the service.
@@ -80,7 +81,7 @@ class Pool:
         self._hosted: dict[str, Hosted] = {}
         self._began_s = clock()
         self._empty_s: float | None = clock()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop = asyncio.get_running_loop()
         self._woken = False
         self._timer: asyncio.TimerHandle | None = None
         self._power_s = clock()  # of the next look
@@ -170,20 +171,15 @@ class Pool:
 
     # --- for the server
 
-    async def start(self) -> None:
-        """Take requests. Models are loaded when they are first asked for, or by `load`."""
-        self._wake()
-
     async def close(self, grace_s: float) -> None:
         """Take no more requests, let those that are there finish for so long, and end all workers."""
         self._shared.closing = True
-        self._loop = asyncio.get_running_loop()
         if not all(hosted.desk.empty for hosted in self._hosted.values()):
             self._drained = self._loop.create_future()
             self._wake()
             await asyncio.wait([self._drained], timeout=grace_s)
         for hosted in self._hosted.values():
-            hosted.desk.end(_stopping())
+            hosted.desk.end(_stopping(), hosted.worker)
         ends = [self._loop.create_task(hosted.unload()) for hosted in self._hosted.values()]
         if ends:
             _, late = await asyncio.wait(ends, timeout=_END_S)
@@ -209,14 +205,18 @@ class Pool:
         self._woken = False
         now, models = self._clock(), list(self._hosted.values())
         for hosted in models:
-            if hosted.advance() and (hosted.desk.wanting or not self._shared.closing):
-                try:
-                    if make_room(hosted, models, self._shared):
-                        hosted.start()
-                except EdgertError as error:
-                    hosted.give_up(error)
-            else:
-                hosted.room_since_s = None
+            try:
+                if not hosted.advance() or (self._shared.closing and not hosted.desk.wanting):
+                    hosted.room_since_s = None
+                elif make_room(hosted, models, self._shared):
+                    hosted.start()
+            except EdgertError as error:
+                hosted.give_up(error)
+            except Exception as error:  # a bug of ours must not leave the other models, and the timer, to themselves
+                _log.exception("model %s", hosted.name)
+                hosted.give_up(WorkerError(f"model {hosted.name}: {type(error).__name__} in the service"))
+                if hosted.worker is not None:
+                    hosted.worker.kill("was left by a mistake of the service")
         if all(hosted.room_since_s is None for hosted in models):
             for hosted in models:
                 hosted.yielding = False
@@ -224,7 +224,7 @@ class Pool:
         self._empty_s = (now if self._empty_s is None else self._empty_s) if empty else None
         alive = [hosted for hosted in models if hosted.worker is not None]
         if alive and now >= self._power_s and self._looking is None:
-            self._looking = asyncio.get_running_loop().create_task(self._look())
+            self._looking = self._loop.create_task(self._look())
         if self._drained is not None and not self._drained.done() and all(hosted.desk.empty for hosted in models):
             self._drained.set_result(None)
         dues = [hosted.due_s() for hosted in models]
@@ -267,7 +267,6 @@ class Pool:
         """Raises `UnknownModelError`, and `WorkerError` when the service is about to end."""
         if self._shared.closing and not closing:
             raise _stopping()
-        self._loop = asyncio.get_running_loop()
         hosted = self._hosted.get(name)
         if hosted is None:
             hosted = self._hosted[name] = Hosted(self._names.find(name), self._shared)
@@ -282,7 +281,7 @@ class Pool:
 
     def _wake(self) -> None:
         """Have `tick` called soon, once."""
-        if not self._woken and self._loop is not None and not self._loop.is_closed():
+        if not self._woken and not self._loop.is_closed():
             self._woken = True
             self._loop.call_soon(self.tick)
 
@@ -291,7 +290,7 @@ class Pool:
             self._timer.cancel()
         self._timer = None
         if due_s is not None:
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, due_s - now), self._wake)
+            self._timer = self._loop.call_later(max(0.0, due_s - now), self._wake)
 
 
 def _stopping() -> WorkerError:

@@ -1,4 +1,4 @@
-"""After a worker has ended: which hardware is to blame, when the next one is started, and when to give up."""
+"""After a worker has ended: which hardware is left alone, when the next one is started, and when to give up."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ HOPELESS_AFTER = 5  # workers in a row that never got ready
 POISON_AFTER = 3  # workers in a row that ended while they had a request, without a token: it is the request
 SUSPECT_AFTER = 2  # such a request then runs without newcomers, who would be taken down with it
 SAFE = "CPU"  # the unit that is never avoided: what else should compute?
+FIRST_S = 60.0  # of quarantine; twice as long each time that the hardware fails again
+LONGEST_S = 3600.0
 # Another worker would find the same.
 _LASTING = (BundleError, UsageError, PlanError, MissingDependencyError)
 
@@ -98,3 +100,38 @@ def lasting(ended: Ended) -> bool:
         return False
     error = error_of(ended.failed.kind, ended.failed.message)
     return isinstance(error, _LASTING) or (isinstance(error, DeviceError) and not isinstance(error, DeviceFailedError))
+
+
+@dataclass
+class _Record:
+    until_s: float
+    spell_s: float
+    reason: str
+
+
+class Quarantine:
+    """Hardware (`DeviceConfig.unit`) that is left alone for a while. Plain data: the times are the caller's."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, _Record] = {}
+
+    def add(self, unit: str, reason: str, now_s: float) -> float:
+        """Put a unit into quarantine; for how many seconds. One that was well for an hour begins anew."""
+        record = self._records.get(unit)
+        if record is None or now_s - record.until_s >= LONGEST_S:
+            spell_s = FIRST_S
+        elif now_s < record.until_s:  # the same failure, seen by several workers
+            return record.until_s - now_s
+        else:
+            spell_s = min(2 * record.spell_s, LONGEST_S)
+        self._records[unit] = _Record(now_s + spell_s, spell_s, reason)
+        return spell_s
+
+    def avoided(self, now_s: float) -> dict[str, str]:
+        """Units in quarantine now, with the reason."""
+        return {unit: record.reason for unit, record in self._records.items() if now_s < record.until_s}
+
+    def end_s(self, unit: str) -> float:
+        """When a unit came out, or comes out; 0 for one that never was in."""
+        record = self._records.get(unit)
+        return 0.0 if record is None else record.until_s

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from edgert.service.pool.events import EventLog
-from edgert.service.pool.quarantine import Quarantine
-from edgert.service.pool.recovery import Patience
+from edgert.service.pool.recovery import Patience, Quarantine
 from edgert.service.settings import Settings
 
 

@@ -1,11 +1,20 @@
-"""What the power policy asks of one worker while it runs: another plan, another pace."""
+"""What one worker is told: what to load, and, while it runs, another plan and another pace."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgert.errors import PlanError
+from edgert.folders import cache_folder
 from edgert.service.contract import PlacedBlocks
 from edgert.service.pool.events import EventLog
 from edgert.service.pool.workers import Worker
-from edgert.service.protocol import Pace, PlanOffer, PlanUsed, Ready, UsePlan
+from edgert.service.protocol import Load, Pace, PlanOffer, PlanUsed, Ready, UsePlan
+from edgert.service.settings import ModelSettings, Settings
 
 _PACE_STEP = 0.02  # smaller changes are not worth a message
 
@@ -44,9 +53,7 @@ class Steering:
     def blocks(self) -> tuple[PlacedBlocks, ...]:
         """Where blocks run."""
         rows = next((offer.blocks for offer in self._offers if offer.name == self.plan), [])
-        return tuple(
-            PlacedBlocks(row["phase"], row["first"], row["last"], row["device"], dict(row["kinds"])) for row in rows
-        )
+        return tuple(PlacedBlocks(**row) for row in rows)
 
     def use_plan(self, worker: Worker, name: str) -> None:
         """Ask for a plan, unless it is in use, was asked for, or is none that is offered."""
@@ -69,3 +76,44 @@ class Steering:
         elif message.name != self.plan:
             self._events.add("plan", self._name, f"plan {message.name} instead of {self.plan}")
             self.plan = message.name
+
+
+def load_message(common: Settings, own: ModelSettings, avoid: Mapping[str, str]) -> Load:
+    """What a worker is told to load; `avoid` is hardware in quarantine, with the reason.
+
+    Raises:
+        PlanError: the plan's file cannot be read.
+    """
+    plan: dict[str, Any] | None = None
+    device, objective = own.device, own.objective
+    if device is None and objective is None and own.plan is None:
+        device, objective = common.device, common.objective
+    if own.plan is not None:
+        try:
+            plan = json.loads(own.plan.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise PlanError(f"plan {own.plan}: {error}") from error
+    return Load(
+        str(own.path),
+        plan=plan,
+        device=device,
+        objective=objective,
+        avoid=dict(avoid),
+        kv_bytes=common.kv_bytes,
+        max_tokens=common.max_tokens,
+        park=str(park_folder(own.path)) if common.park else None,
+        max_sequences=common.max_sequences,
+        prefill_chunk=common.prefill_chunk,
+        preempt_us=common.preempt_ms * 1e3,
+        threads=common.threads,
+        device_timeout_s=common.device_timeout_s,
+        declared_watts=dict(common.declared_watts),
+        low_priority=common.low_priority,
+        verify=common.verify,
+        sandbox=common.sandbox,
+    )
+
+
+def park_folder(bundle: Path) -> Path:
+    """Where a bundle's idle caches are parked."""
+    return cache_folder() / "parked" / hashlib.sha256(str(bundle.absolute()).encode()).hexdigest()[:16]

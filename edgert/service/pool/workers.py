@@ -2,7 +2,7 @@
 
 A `Worker` reports everything through two functions that it is given: `on_message` for each message, `on_end` exactly
 once. It never decides what happens next; `hosted.py` does. Times are those of an injected clock, and limits are looked
-at when `overdue` is called.
+at when `watch` is called.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class Worker:
         elif self._pinged_s is None:
             if self.silent_s(busy=busy) >= half_s:
                 self.ping()
-        elif now - max(self._pinged_s, self.heard_s) >= 2 * half_s:
+        elif now - max(self._pinged_s, self.heard_s) >= self._silence_s:
             self._pinged_s, self._condemned = now, False
             self.ping()
         elif now - max(self._pinged_s, self.heard_s) >= half_s and not self._condemned:
@@ -230,7 +230,10 @@ class Worker:
             self._end(Ended(f"could not be started: {error}", None, self.stopping))
             return
         _read_less(self._transport.get_pipe_transport(1))
-        self.send(self.load)
+        try:
+            self.send(self.load)
+        except ValueError as error:  # of `encode`
+            self.kill(f"could not be told what to load: {error}")
         await self._silence
         if self._killed is not None or self._failed is not None:
             self._slay()

@@ -11,12 +11,12 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, TYPE_CHECKING
 
 from edgert.errors import EdgertError
+from edgert.service.logs import Quiet
 from edgert.service.protocol import MAX_LINE_BYTES, Failed, Load, Message, decode, encode
 from edgert.service.worker import sandbox
 
@@ -50,7 +50,6 @@ def read(lines: IO[bytes]) -> Message | None:
 
 def run(lines: IO[bytes], out: IO[bytes]) -> int:
     """Serve until the lines end; the exit code."""
-    begin_s = time.perf_counter()
 
     def send(message: Message) -> None:
         out.write(encode(message))
@@ -71,7 +70,7 @@ def run(lines: IO[bytes], out: IO[bytes]) -> int:
 
         inbox: SimpleQueue[Item] = SimpleQueue()
         try:
-            serving = Serving(load, send, inbox, held, begin_s)
+            serving = Serving(load, send, inbox, held)
         except EdgertError as error:
             send(Failed(type(error).__name__, str(error), getattr(error, "unit", None)))
             return 1
@@ -101,7 +100,9 @@ def run(lines: IO[bytes], out: IO[bytes]) -> int:
 def main() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()  # standard error
+    handler.setFormatter(Quiet("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the server, which drains; its end is the end of input
         signal.signal(number, signal.SIG_IGN)
     code = run(sys.stdin.buffer, out)

@@ -11,8 +11,10 @@ import numpy as np
 from edgert.bundle import Bundle
 from edgert.errors import DeviceFailedError, DeviceNonsenseError, UsageError
 from edgert.executor import Executor
-from edgert.service.protocol import Embed, Vectors
+from edgert.service.protocol import MAX_LINE_BYTES, Embed, Vectors
 from edgert.service.worker.generation import Language
+
+NUMBER_BYTES = 25  # of a vector as JSON, `-1.2345678901234567e-05, ` and a little
 
 
 @dataclass
@@ -24,17 +26,23 @@ class Texts:
     vectors: list[list[float]] = field(default_factory=list)
 
 
-def tokenized(request: Embed, language: Language) -> Texts:
+def tokenized(request: Embed, language: Language, hidden_size: int) -> Texts:
     """A request's texts as tokens.
 
     Raises:
-        UsageError, EmptyPromptError, ContextOverflowError: for what is no text, has no token, or has too many.
+        UsageError, EmptyPromptError, ContextOverflowError: for what is no text, has no token, or has too many; or the
+            vectors would be too much for one message.
     """
     if not request.texts:
         raise UsageError("embed: texts is empty, expected at least one")
-    prompts = [language.tokenizer.encode(text) for text in request.texts]
-    for tokens in prompts:
+    most = MAX_LINE_BYTES // (NUMBER_BYTES * hidden_size)
+    if len(request.texts) > most:
+        raise UsageError(f"embed: {len(request.texts)} texts, at most {most} are taken at once")
+    prompts = []
+    for text in request.texts:
+        tokens = language.encode(text)
         language.check(tokens, 0)
+        prompts.append(tokens)
     return Texts(request.id, prompts)
 
 

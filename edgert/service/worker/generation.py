@@ -69,6 +69,19 @@ class Language:
     context: int
     max_tokens: int
 
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """As the tokenizer's; a text that cannot fit is turned away before minutes are spent on it.
+
+        Raises:
+            UsageError: as `Tokenizer.encode`.
+            ContextOverflowError: the context holds fewer tokens than the text has at least.
+        """
+        least = self.tokenizer.least_tokens(text)
+        if least > self.context:
+            message = f"prompt: {len(text)} characters are {least} tokens at least, the context holds {self.context}"
+            raise ContextOverflowError(message, tokens=least, limit=self.context)
+        return self.tokenizer.encode(text, special=special)
+
     def check(self, tokens: Sequence[int], room: int) -> None:
         """Raise what `Model.generate` would for a prompt and so many tokens to generate."""
         if not tokens:
@@ -249,9 +262,10 @@ def _prompt(start: Start, language: Language) -> list[int]:
     if (start.prompt is None) == (start.messages is None):
         raise UsageError("request: expected either a prompt or messages")
     if start.messages is not None:
-        return language.tokenizer.encode_chat(start.messages, start.tools, variables=start.template)
+        text = language.tokenizer.render_chat(start.messages, start.tools, variables=start.template)
+        return language.encode(text, special=False)  # the template places bos
     if isinstance(start.prompt, str):
-        return language.tokenizer.encode(start.prompt)
+        return language.encode(start.prompt)
     try:
         return [operator.index(token) for token in start.prompt or ()]
     except TypeError as error:

@@ -37,8 +37,7 @@ class Joules:
 
     Args:
         window: the machine's meters; None where there are none.
-        declared_w: watts by device.
-        emulated: whether a device is, so that its energy means nothing.
+        declared_w: watts by device, and of the machine without them as `base`.
         clock: seconds that only grow.
     """
 
@@ -47,24 +46,24 @@ class Joules:
         window: Counted | None,
         declared_w: Mapping[str, float],
         *,
-        emulated: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.emulated = emulated
+        self._emulated = False
         self._window = window
         self._declared_w = declared_w
+        self._base_w = declared_w.get("base", 0.0)
         self._units: frozenset[str] = frozenset()
         self._clock = clock
         self._shares: dict[int, _Share] = {}
         self._read_s = self._counted = 0.0
         self._provenance = "unavailable"
         self._recent: deque[tuple[float, float]] = deque()  # seconds and joules of each reading
-        self._declared_j = 0.0
+        self._declared_j = 0.0  # of devices
         self.rest()
 
     def use(self, units: Collection[str], *, emulated: bool) -> None:
-        """Say which hardware runs from now on."""
-        self._units, self.emulated = frozenset(units), emulated
+        """Say which hardware runs from now on, and whether it is emulated, so that its energy means nothing."""
+        self._units, self._emulated = frozenset(units), emulated
 
     def rest(self) -> None:
         """Called before work begins after a pause: what idling took is nobody's."""
@@ -77,9 +76,9 @@ class Joules:
             tokens: that ran, by request.
             busy_us: how long devices were busy with them.
         """
-        watts = [w for device, w in self._declared_w.items() if device in self._units]
-        step_j = sum(watts) * busy_us / 1e6
-        self._declared_j += step_j
+        devices_j = sum(w for device, w in self._declared_w.items() if device in self._units) * busy_us / 1e6
+        step_j = devices_j + self._base_w * busy_us / 1e6
+        self._declared_j += devices_j
         all_tokens = sum(tokens.values())
         for id, count in tokens.items():
             share = self._shares.setdefault(id, _Share())
@@ -95,7 +94,7 @@ class Joules:
         Args:
             last: read the meters now, as it ends.
         """
-        if self.emulated:
+        if self._emulated:
             return None, "emulated"
         share = self._shares.get(id, _Share())
         if last and share.pending:
@@ -108,7 +107,7 @@ class Joules:
 
     @property
     def provenance(self) -> str:
-        if self.emulated:
+        if self._emulated:
             return "emulated"
         return "estimated" if self._by_declaration else self._provenance
 
@@ -119,7 +118,9 @@ class Joules:
         if self.provenance in ("unavailable", "emulated") or len(self._recent) < 2:
             return None
         (first_s, first_j), (last_s, last_j) = self._recent[0], self._recent[-1]
-        return (last_j - first_j) / (last_s - first_s) if last_s > first_s else None
+        if last_s <= first_s:
+            return None
+        return (last_j - first_j) / (last_s - first_s) + (self._base_w if self._by_declaration else 0.0)
 
     @property
     def _by_declaration(self) -> bool:

@@ -45,25 +45,33 @@ def park(lanes: Iterable[Lane], bundle: Bundle, folder: Path) -> int:
 def take_up(folder: Path, bundle: Bundle, lanes: Lanes, idle: Prefixes) -> int:
     """Take up what `park` wrote of this bundle, as far as there is room, the newest first; gives how many.
 
-    What was the longest unused stays that. Files are removed: a cache that is not taken up now is of no use later.
+    What was the longest unused stays that. All files are removed: a cache that is not taken up now, or of a bundle that
+    was here before, is of no use later.
     """
-    files = sorted(folder.glob(f"{bundle.fingerprint}-*{ENDING}"), key=_age, reverse=True)
+    files = sorted(folder.glob(f"*{ENDING}"), key=_age, reverse=True)
     found: list[Lane] = []
     for path in files:
         lane = lanes.open()
         try:
-            cache = KvCache.load(path)
+            cache = _taken(path)
             _check(cache, bundle, lanes)
             lane.restore(cache.tokens, cache.states)
             found.append(lane)
         except (BundleError, DeviceError, ValueError) as error:  # ValueError: NumPy's, for rows of other sizes
             lane.close()
             log.warning("%s is not taken up: %s", path.name, error)
-        with suppress(OSError):
-            path.unlink()
     for lane in reversed(found):
         idle.put(lane)
     return len(found)
+
+
+def _taken(path: Path) -> KvCache:
+    """A file's cache. It is removed before that is used: what ends a worker here must not end the next one, too."""
+    try:
+        return KvCache.load(path)
+    finally:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _check(cache: KvCache, bundle: Bundle, lanes: Lanes) -> None:

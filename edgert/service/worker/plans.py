@@ -117,7 +117,6 @@ def _offer(
         watts=None if prediction is None else prediction.watts,
         units=units(plan),
         blocks=[asdict(placed) for placed in blocks_of(plan, bundle)],
-        plan=plan.to_json(),
     )
     names[unique] = offer, plan
 

@@ -49,30 +49,28 @@ _CALLS = {
     "kexec_load": (246, 104), "kexec_file_load": (320, 294), "reboot": (169, 142), "swapon": (167, 224),
     "clone": (56, 220), "clone3": (435, 435), "seccomp": (317, 277), "ioprio_set": (251, 30),
 }  # fmt: skip
-_PROCESSES = ("socket", "execve", "execveat")
 _ELSEWHERE = ("clone", "clone3", "seccomp", "ioprio_set")  # not simply refused
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH of linux/audit.h
 _NAMESPACES = 0x7E020000  # the CLONE_NEW… flags of linux/sched.h
 _ALLOW, _KILL, _REFUSE, _ABSENT = 0x7FFF0000, 0x80000000, 0x00050000 | 1, 0x00050000 | 38  # EPERM, ENOSYS
 
 
-def enter(bundle: Path, writable: Sequence[Path] = (), *, starts_processes: bool = False) -> list[str]:
+def enter(bundle: Path, writable: Sequence[Path] = ()) -> list[str]:
     """Give up what inference does not need. There is no way back.
 
     Args:
         bundle: may be read.
         writable: folders that may be written beside edgert's cache folder, made where they are missing.
-        starts_processes: keep programs and local sockets, for a compiler that runs in a process of its own.
 
     Returns:
         What holds this process from here on, and what could not be had, e.g. `without seccomp: …`.
     """
     if sys.platform == "linux":
-        return _enter(bundle, writable, starts_processes)
+        return _enter(bundle, writable)
     return [f"without sandbox: {sys.platform} has none that edgert knows"]
 
 
-def _enter(bundle: Path, writable: Sequence[Path], starts_processes: bool) -> list[str]:
+def _enter(bundle: Path, writable: Sequence[Path]) -> list[str]:
     temporary = cache_folder() / "tmp"
     for folder in (cache_folder(), temporary, *writable):
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,9 +81,7 @@ def _enter(bundle: Path, writable: Sequence[Path], starts_processes: bool) -> li
         return [f"without sandbox: {_reason()}"]
     read = [Path(path) for path in READABLE] + [bundle, *_runtime()]
     write = [Path(path) for path in WRITABLE] + [cache_folder(), *writable]
-    if starts_processes:
-        write.append(Path("/dev/shm"))
-    return ["no new privileges", _landlock(libc, read, write), _seccomp(libc, starts_processes)]
+    return ["no new privileges", _landlock(libc, read, write), _seccomp(libc)]
 
 
 def first_to_go() -> None:
@@ -146,25 +142,24 @@ def _allow(libc: ctypes.CDLL, ruleset: int, path: Path, rights: int) -> None:
         os.close(handle)
 
 
-def _seccomp(libc: ctypes.CDLL, starts_processes: bool) -> str:
+def _seccomp(libc: ctypes.CDLL) -> str:
     machine = platform.machine()
     if machine not in _MACHINES or sys.maxsize < 2**32:
         return f"without seccomp: edgert does not know the calls of {machine}"
     column, _ = _MACHINES[machine]
-    steps = _filter(machine, starts_processes)
+    steps = _filter(machine)
     code = ctypes.create_string_buffer(steps, len(steps))
     program = struct.pack("@HP", len(steps) // 8, ctypes.addressof(code))  # struct sock_fprog
     # SECCOMP_SET_MODE_FILTER with SECCOMP_FILTER_FLAG_TSYNC: all threads of this process, older ones too
     if libc.syscall(_CALLS["seccomp"][column], 1, 1, program):
         return f"without seccomp: {_reason()}"
-    return "seccomp: only local sockets" if starts_processes else "seccomp: no sockets, no programs"
+    return "seccomp: no sockets, no programs"
 
 
-def _filter(machine: str, starts_processes: bool) -> bytes:
+def _filter(machine: str) -> bytes:
     """The filter as classic BPF (linux/filter.h): a call's number is at 0, the machine at 4, arguments from 16 on."""
     column, machine_id = _MACHINES[machine]
     number = {name: numbers[column] for name, numbers in _CALLS.items()}
-    kept = _PROCESSES if starts_processes else ()
 
     def load(offset: int) -> bytes:
         return struct.pack("=HBBI", 0x20, 0, 0, offset)
@@ -182,13 +177,11 @@ def _filter(machine: str, starts_processes: bool) -> bytes:
     if machine == "x86_64":
         steps += [any_of(0x40000000, 0, 1), end(_KILL)]  # the x32 calls have other numbers
     for name, value in number.items():
-        if name not in (*_ELSEWHERE, *kept):
+        if name not in _ELSEWHERE:
             steps += [equal(value, 0, 1), end(_REFUSE)]
     # clone3's flags lie behind a pointer; without it, libraries use clone
     steps += [equal(number["clone3"], 0, 1), end(_ABSENT)]
     steps += [equal(number["clone"], 0, 4), load(16), any_of(_NAMESPACES, 0, 1), end(_REFUSE), end(_ALLOW)]
-    if starts_processes:  # sockets of the family AF_UNIX
-        steps += [equal(number["socket"], 0, 4), load(16), equal(1, 1, 0), end(_REFUSE), end(_ALLOW)]
     return b"".join([*steps, end(_ALLOW)])
 
 

@@ -61,15 +61,12 @@ class Serving:
         send: sends a message to the server.
         inbox: where what is to be done arrives.
         held: what the sandbox holds.
-        begin_s: when `load` came, by `time.perf_counter`.
 
     Raises:
         EdgertError: the bundle, plan or device cannot be used.
     """
 
-    def __init__(
-        self, load: Load, send: Callable[[Message], None], inbox: SimpleQueue[Item], held: list[str], begin_s: float
-    ) -> None:
+    def __init__(self, load: Load, send: Callable[[Message], None], inbox: SimpleQueue[Item], held: list[str]) -> None:
         self.exit_code: int | None = None
         self._load, self._send, self._inbox = load, send, inbox
         self._bundle = open_bundle(load)
@@ -106,15 +103,15 @@ class Serving:
         self._unwanted: set[int] = set()  # those of them that were cancelled meanwhile
         self._requests: SimpleQueue[protocol.Start | protocol.Embed | protocol.Stop] = SimpleQueue()
         threading.Thread(target=self._prepare, daemon=True, name="prompts").start()
-        send(self._ready(held, begin_s))
+        send(self._ready(held))
 
     def receive(self, message: Message | None) -> None:
         """Take a message of the server, in the order in which they came; None at the end of all."""
-        if isinstance(message, (protocol.Start, protocol.Embed)):
+        if isinstance(message, protocol.Stop):
+            self._requests.put(message)  # behind the requests before it
+        elif isinstance(message, protocol.Start | protocol.Embed):
             self._preparing.add(message.id)
             self._requests.put(message)
-        elif isinstance(message, protocol.Stop) and not message.now:
-            self._requests.put(message)  # behind the requests before it
         else:
             self._inbox.put(message)
 
@@ -188,9 +185,8 @@ class Serving:
                 self._use(name)
             case Built():
                 self._built(item)
-            case protocol.Stop(now):
+            case protocol.Stop():
                 self._stopping = True
-                self.exit_code = 0 if now else None
             case _:
                 log.error("%s is no message for a worker", type(item).__name__)
                 self.exit_code = 2
@@ -221,10 +217,8 @@ class Serving:
             self._send(protocol.Step(pieces))
 
     def _pong(self, id: int) -> protocol.Pong:
-        running = 0 if self._loop is None else len(self._loop.running) + len(self._loop.waiting)
         return protocol.Pong(
             id,
-            running + (len(self._embedder) if self._embedder is not None else 0),
             0 if self._loop is None else self._loop.kv_bytes,
             0 if self._loop is None else self._loop.idle.kv_bytes,
             self._joules.watts(),
@@ -303,7 +297,7 @@ class Serving:
                     item: Item = Generation(request, self._language)
                 elif isinstance(request, protocol.Embed):
                     self._need("encoder", "embed")
-                    item = tokenized(request, self._language)
+                    item = tokenized(request, self._language, self._bundle.facts.hidden_size)
                 else:
                     item = request
             except EdgertError as error:
@@ -320,18 +314,12 @@ class Serving:
         if facts.task != task:
             raise UsageError(f"{method}: model {facts.name!r} is of task {facts.task!r}, expected {task!r}")
 
-    def _ready(self, held: list[str], begin_s: float) -> protocol.Ready:
-        facts = self._bundle.facts
+    def _ready(self, held: list[str]) -> protocol.Ready:
         return protocol.Ready(
-            task=facts.task,
+            task=self._bundle.facts.task,
             context_length=self._on.context,
-            vocab_size=facts.vocab_size,
-            hidden_size=facts.hidden_size,
             plan=self._name,
             plans=[offer for offer, _ in self._offers.values()],
-            thinks=self._language.thoughts is not None,
-            batched=self._on.lanes is not None and self._on.lanes.batched,
-            load_us=(time.perf_counter() - begin_s) * 1e6,
             sandbox=held,
             warnings=list(self._on.plan.warnings),
             emulated=self._on.executor.emulated,
