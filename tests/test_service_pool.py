@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -437,6 +438,25 @@ def test_a_mistake_costs_one_model_its_requests_and_no_other(scene: Scene, monke
                     await collect(pool, ask("tale"))
             assert joined(await collect(pool, ask("tale"))) == text("tale", LENGTH)
             assert joined(await other) == text("other", 100)
+
+    run(scenario())
+
+
+def test_models_whose_bundles_are_gone_are_forgotten(scene: Scene) -> None:
+    for name in ("gone", "kept", "m"):
+        scene.model(name)
+
+    async def scenario() -> None:
+        async with scene.pool() as pool:
+            for name in ("gone", "kept"):
+                await pool.load(name)
+                await pool.unload(name)
+            shutil.rmtree(scene.folder / "gone.edge")
+            assert set(pool._hosted) == {"gone", "kept"}
+            await pool.load("m")
+            assert set(pool._hosted) == {"kept", "m"}
+            with pytest.raises(UnknownModelError):
+                await pool.load("gone")
 
     run(scenario())
 

@@ -79,6 +79,7 @@ class Pool:
         )
         self._names = Names(settings)
         self._hosted: dict[str, Hosted] = {}
+        self._rejected = 0  # by models that are forgotten
         self._began_s = clock()
         self._empty_s: float | None = clock()
         self._loop = asyncio.get_running_loop()
@@ -145,7 +146,7 @@ class Pool:
             self._shared.memory_bytes,
             sum(model.memory_bytes or 0 for model in models),
             self._settings.queue,
-            sum(hosted.desk.rejected for hosted in self._hosted.values()),
+            self._rejected + sum(hosted.desk.rejected for hosted in self._hosted.values()),
             self._shared.quarantine.avoided(now),
         )
 
@@ -269,8 +270,18 @@ class Pool:
             raise _stopping()
         hosted = self._hosted.get(name)
         if hosted is None:
-            hosted = self._hosted[name] = Hosted(self._names.find(name), self._shared)
+            own = self._names.find(name)
+            self._forget()
+            hosted = self._hosted[name] = Hosted(own, self._shared)
         return hosted
+
+    def _forget(self) -> None:
+        """Drop what is known of models whose bundles are gone, or a folder where they come and go would fill memory."""
+        for name, hosted in list(self._hosted.items()):
+            unused = hosted.worker is None and not hosted.wanted and hosted.desk.empty
+            if unused and name not in self._settings.models and not hosted.settings.path.is_dir():
+                self._rejected += hosted.desk.rejected
+                del self._hosted[name]
 
     async def _alive(self, hosted: Hosted) -> bool:
         worker = hosted.worker
