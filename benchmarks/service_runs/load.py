@@ -17,7 +17,7 @@ from service_runs.host import Host, answer, asking
 # How a client behaves, and how often.
 MANNERS = {"whole": 6, "cancels": 2, "slow": 1, "hangs up": 1}
 SLOW_S = 0.05
-SAMPLE_S = 5.0
+SAMPLE_SHARE = 1 / 120  # of the time, from one look at memory to the next
 WARM_SHARE = 0.2  # of the time, at the beginning, in which memory may still grow
 OPENINGS = (
     "Once upon a time", "In the beginning of the year", "The captain of the ship", "It was late in the evening when",
@@ -92,7 +92,7 @@ async def run(
                 at = time.monotonic() - start
                 found.memory.append((at, *host.resident_bytes()))
                 progress(min(1.0, at / seconds))
-                await asyncio.sleep(SAMPLE_S)
+                await asyncio.sleep(SAMPLE_SHARE * seconds)
 
         sampling = asyncio.create_task(sample())
         await asyncio.gather(
