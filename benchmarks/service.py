@@ -96,6 +96,7 @@ def report(measured: dict[str, Any]) -> str:
             "a token over HTTP, in the process, more",
             f"{part['http_ms']:.2f} ms, {part['in_process_ms']:.2f} ms, {part['overhead_ms']:.2f} ms",
         ))  # fmt: skip
+        rows.append(("of a token over HTTP, inside the devices", f"{part['device_ms']:.2f} ms"))
         rows.append(("first byte after queue and prefill", f"{part['first_byte_ms']:.1f} ms"))
     if part := measured.get("rest"):
         rows.append(("CPU time of a loaded service at rest", f"{part['cpu_share_of_a_core']:.3%} of a core"))

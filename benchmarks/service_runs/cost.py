@@ -55,7 +55,7 @@ async def overhead(host: Host, bundle: Path, device: str, *, rounds: int, seed: 
     """
     rng = random.Random(seed)
     model = edgert.load(bundle, device=device)
-    over_http, in_process, first_byte = [], [], []
+    over_http, in_process, first_byte, devices = [], [], [], []
     async with host.client() as client:
         await host.ready(client)
         await answer(client, "Once", max_tokens=8, temperature=0)
@@ -74,11 +74,13 @@ async def overhead(host: Host, bundle: Path, device: str, *, rounds: int, seed: 
                 over_http.append(between_ms(at_s))
                 in_process.append(between_ms(times))
                 first_byte.append(begun)
+                devices.append(own["decode_ms"] / (stream.usage["completion_tokens"] - 1))
     return {
         "tokens": TOKENS,
         "rounds": rounds,
         "http_ms": statistics.median(over_http),
         "in_process_ms": statistics.median(in_process),
+        "device_ms": statistics.median(devices),  # of http_ms, what the worker spends inside the devices
         "overhead_ms": statistics.median(a - b for a, b in zip(over_http, in_process, strict=True)),
         "first_byte_ms": statistics.median(first_byte),
     }
