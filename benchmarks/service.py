@@ -101,7 +101,7 @@ def report(measured: dict[str, Any]) -> str:
     if part := measured.get("rest"):
         rows.append(("CPU time of a loaded service at rest", f"{part['cpu_share_of_a_core']:.3%} of a core"))
         rows.append((
-            "memory of the server: fresh, unloaded again",
+            "memory of the server: while its model is being loaded, after it was unloaded",
             f"{part['fresh_mb']:.1f} MB, {part['unloaded_mb']:.1f} MB",
         ))  # fmt: skip
     if part := measured.get("load"):

@@ -9,28 +9,7 @@ import pytest
 
 import edgert
 from edgert.cli import main
-from edgert.conditions import conditions, path_of
 from edgert.errors import DeviceError, PlanError, UsageError
-from edgert.profile import DeviceModel, Profile
-
-
-@pytest.fixture
-def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """Writes this machine's profile: `CPU@f32` draws little and is slow, `CPU@f32+dq` the other way round."""
-    monkeypatch.setenv("EDGERT_CACHE", str(tmp_path))
-
-    def write(*, watts: bool = True) -> None:
-        devices = tuple(
-            DeviceModel(
-                name, rate, 10 * rate, 20.0, 5.0, active if watts else None, 0.0, "f32", "measured", "made up",
-                config=config,
-            )
-            for name, config, rate, active in (("slow", "CPU@f32", 1.0, 1.0), ("fast", "CPU@f32+dq", 4.0, 40.0))
-        )  # fmt: skip
-        now = conditions()
-        Profile(2, "here", devices, base_w=1.0, conditions=now).write(path_of(now))
-
-    return write
 
 
 def test_the_best_plan_depends_on_the_objective(demo_path: Path, known: Callable[..., None]) -> None:

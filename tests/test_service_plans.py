@@ -10,10 +10,8 @@ import pytest
 
 from edgert.bundle import Bundle
 from edgert.choice import choose_plan, quickest_plan
-from edgert.conditions import conditions, path_of
 from edgert.errors import PlanError, UsageError
 from edgert.placement import Plan
-from edgert.profile import DeviceModel, Profile
 from edgert.service.contract import PlacedBlocks
 from edgert.service.protocol import Load
 from edgert.service.worker.plans import blocks_of, chosen, offers, unit_of_logits, units, without
@@ -22,25 +20,6 @@ from edgert.service.worker.plans import blocks_of, chosen, offers, unit_of_logit
 @pytest.fixture
 def bundle(demo_path: Path) -> Bundle:
     return Bundle.open(demo_path)
-
-
-@pytest.fixture
-def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """Writes this machine's profile: `CPU@f32` draws little and is slow, `CPU@f32+dq` the other way round."""
-    monkeypatch.setenv("EDGERT_CACHE", str(tmp_path))
-
-    def write(*, watts: bool = True) -> None:
-        devices = tuple(
-            DeviceModel(
-                name, rate, 10 * rate, 20.0, 5.0, active if watts else None, 0.0, "f32", "measured", "made up",
-                config=config,
-            )
-            for name, config, rate, active in (("slow", "CPU@f32", 1.0, 1.0), ("fast", "CPU@f32+dq", 4.0, 40.0))
-        )  # fmt: skip
-        now = conditions()
-        Profile(2, "here", devices, base_w=1.0, conditions=now).write(path_of(now))
-
-    return write
 
 
 def configs(plan: Plan) -> list[str]:

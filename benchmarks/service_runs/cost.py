@@ -130,7 +130,7 @@ async def _rate(client: httpx.AsyncClient, rng: random.Random, clients: int) -> 
 
 
 async def rest(host: Host, *, seconds: float) -> dict[str, Any]:
-    """Memory before anything was loaded, CPU time while a loaded model waits, memory after it was unloaded."""
+    """Memory while the model is being loaded, CPU time while it waits, memory after it was unloaded."""
     async with host.client() as client:
         await host.ready(client)
         fresh = host.process.memory_info().rss
