@@ -1,8 +1,11 @@
 """The one form that every OpenVINO model in a bundle has, whatever it was made from.
 
 A decoder:  input_ids i64 [batch, query], attention_mask i64 [batch, past + query], position_ids i64 [batch, query],
-            beam_idx i32 [batch]  ->  logits f32 [batch, query, vocabulary]; keys and values are states
-            `past_key_values.N.key|value` f32 [batch, heads, past, head_dim], reordered by beam_idx before use.
+            beam_idx i32 [batch]  ->  logits f32 [batch, query, vocabulary]. What layer N keeps between tokens are
+            states, reordered by beam_idx before use: `past_key_values.N.key|value` f32 [batch, heads, past, head_dim],
+            `past_key_values.N.conv` [batch, channels, kernel], the last inputs of a short convolution, and
+            `past_key_values.N.recurrent` [batch, heads, ...]. The last two do not grow and begin as zeros; they see
+            every token of `input_ids`, whatever attention_mask hides.
 An encoder: input_ids, attention_mask and, where the model takes it, token_type_ids i64 [batch, query]
             ->  last_hidden_state f32 [batch, query, hidden].
 
@@ -21,6 +24,7 @@ from openvino._offline_transformations import apply_make_stateful_transformation
 from edgert.errors import ConversionError
 
 DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
+MEDIA_INPUTS = ("features", "feature_mask", "image_ids")  # of a decoder that sees or hears, see media/inputs.py
 ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 DECODER_OUTPUT = "logits"
 ENCODER_OUTPUT = "last_hidden_state"
@@ -35,6 +39,11 @@ def cache_names(layers: int) -> tuple[list[str], list[str]]:
     return [f"past_key_values.{name}" for name in flat], [f"present.{name}" for name in flat]
 
 
+def past_name(state: str) -> str:
+    """The cache input of a state such as `3.key`."""
+    return f"past_key_values.{state}"
+
+
 def rename(port: ov.Output, name: str) -> None:
     """Make `name` the only name of a model's input or output."""
     port.get_tensor().set_names({name})
@@ -42,22 +51,35 @@ def rename(port: ov.Output, name: str) -> None:
         port.get_node().set_friendly_name(name)
 
 
-def hide_cache(model: ov.Model, past: Sequence[ov.Output], present: Sequence[ov.Output]) -> None:
+def hide_cache(
+    model: ov.Model, past: Sequence[ov.Output], present: Sequence[ov.Output], names: Sequence[str] | None = None
+) -> None:
     """Turn explicit caches into states, in place.
 
-    `past` are inputs and `present` outputs of `model`, pairwise, each [batch, heads, tokens, head_dim]; batch and
-    tokens become dynamic. A `beam_idx` input is added, and states start empty with the batch of `input_ids`.
+    A `beam_idx` input is added, and states start empty, or as zeros where they do not grow, with the batch of
+    `input_ids`.
+
+    Args:
+        past: inputs of `model`: keys and values [batch, heads, tokens, head_dim], whose batch and tokens become
+            dynamic, or states of a fixed size, whose batch becomes dynamic.
+        present: outputs of `model`, pairwise.
+        names: of the states, `past_key_values.N.*`; without them `past` are keys and values of every layer.
 
     Raises:
-        ConversionError: a cache input has unknown heads or head_dim.
+        ConversionError: a cache input has another unknown size.
     """
-    names, _ = cache_names(len(past) // 2)
+    names = cache_names(len(past) // 2)[0] if names is None else names
     for port, result, name in zip(past, present, names, strict=True):
         shape = port.get_partial_shape()
-        if shape.rank.is_dynamic or len(shape) != 4 or shape[1].is_dynamic or shape[3].is_dynamic:
-            expected = "[batch, heads, tokens, head_dim] with known heads and head_dim"
+        grows = name.endswith((".key", ".value"))
+        free = (BATCH_AXIS, PAST_AXIS) if grows else (BATCH_AXIS,)
+        fixed = [] if shape.rank.is_dynamic else [size for axis, size in enumerate(shape) if axis not in free]
+        if not fixed or (grows and len(shape) != 4) or any(size.is_dynamic for size in fixed):
+            known = "[batch, heads, tokens, head_dim] with known heads and head_dim"
+            expected = known if grows else "known sizes but for the batch"
             raise ConversionError(f"cache input {port.any_name}: shape {shape}, expected {expected}")
-        shape[BATCH_AXIS] = shape[PAST_AXIS] = -1
+        for axis in free:
+            shape[axis] = -1
         port.get_node().set_partial_shape(shape)
         rename(port, name)
         result.get_tensor().set_names({name.replace("past_key_values", "present")})
@@ -77,15 +99,15 @@ def hide_cache(model: ov.Model, past: Sequence[ov.Output], present: Sequence[ov.
     batch = ops.gather(ids, ops.constant(np.array([0], np.int64)), ops.constant(np.int64(0)))
     for node in model.get_ops():
         if node.get_type_name() == "ReadValue":
-            _, heads, _, head_dim = node.get_output_partial_shape(0)
-            rest = ops.constant(np.array([heads.get_length(), 0, head_dim.get_length()], np.int64))
+            sizes = [0 if size.is_dynamic else size.get_length() for size in node.get_output_partial_shape(0)][1:]
+            rest = ops.constant(np.array(sizes, np.int64))
             zero = ops.constant(0.0, dtype=node.get_output_element_type(0))
             node.set_arguments([ops.broadcast(zero, ops.concat([batch, rest], axis=0))])
     model.validate_nodes_and_infer_types()
 
 
-def check_form(model: ov.Model, task: str) -> None:
-    """Check that `model` has the form of `task`, `decoder` or `encoder`.
+def check_form(model: ov.Model, task: str, states: int | None = None) -> None:
+    """Check that `model` has the form of `task`, `decoder` or `encoder`, and where given that it has so many states.
 
     Raises:
         ConversionError: naming the input, output or state that is missing or not expected.
@@ -93,15 +115,17 @@ def check_form(model: ov.Model, task: str) -> None:
     allowed, output = (DECODER_INPUTS, DECODER_OUTPUT) if task == "decoder" else (ENCODER_INPUTS, ENCODER_OUTPUT)
     required = allowed if task == "decoder" else allowed[:2]
     found = [port.any_name for port in model.inputs]
-    missing, unknown = sorted(set(required) - set(found)), sorted(set(found) - set(allowed))
+    optional = MEDIA_INPUTS if task == "decoder" else ()
+    missing, unknown = sorted(set(required) - set(found)), sorted(set(found) - {*allowed, *optional})
     if missing or unknown:
         raise ConversionError(f"{task}: inputs are {found}; missing {missing}, not expected {unknown}")
     outputs = [port.any_name for port in model.outputs]
     if outputs != [output]:
         raise ConversionError(f"{task}: outputs are {outputs}, expected only {output!r}")
-    states = len(model.get_sinks())
-    if (task == "decoder") != bool(states):
-        raise ConversionError(f"{task}: has {states} states, expected {'a KV cache' if task == 'decoder' else 'none'}")
+    sinks = len(model.get_sinks())
+    if (task == "decoder") != bool(sinks) or states not in (None, sinks):
+        expected = states or ("a KV cache" if task == "decoder" else "none")
+        raise ConversionError(f"{task}: has {sinks} states, expected {expected}")
 
 
 def canonical_decoder(model: ov.Model) -> ov.Model:
@@ -125,6 +149,16 @@ def canonical_decoder(model: ov.Model) -> ov.Model:
     for port in model.outputs:
         if DECODER_OUTPUT not in port.get_names():
             model.remove_result(port.get_node())
+    add_unused_inputs(model)
+    for port in model.inputs:
+        rename(port, next(iter({*DECODER_INPUTS, *MEDIA_INPUTS} & port.get_names()), port.any_name))
+    model.validate_nodes_and_infer_types()
+    check_form(model, "decoder")
+    return model
+
+
+def add_unused_inputs(model: ov.Model) -> None:
+    """Add the inputs of a decoder that `model` has no use for, in place, but for `input_ids`."""
     found = {name for port in model.inputs for name in port.get_names()}
     for name in DECODER_INPUTS[1:]:
         if name not in found:
@@ -132,11 +166,6 @@ def canonical_decoder(model: ov.Model) -> ov.Model:
             unused = ops.parameter([-1] * rank, kind, name=name)
             unused.output(0).get_tensor().set_names({name})
             model.add_parameters([unused])
-    for port in model.inputs:
-        rename(port, next(iter(set(DECODER_INPUTS) & port.get_names()), port.any_name))
-    model.validate_nodes_and_infer_types()
-    check_form(model, "decoder")
-    return model
 
 
 def canonical_encoder(model: ov.Model) -> ov.Model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,14 +29,17 @@ def compress(
     awq: bool = False,
     samples: list[dict[str, np.ndarray]] | None = None,
     external_data: Path | None = None,
+    kept: Sequence[str] = (),
 ) -> Any:
     """Compress the weights of an `ov.Model` or `onnx.ModelProto` with NNCF's defaults; use what is returned.
 
-    INT4 leaves embedding and head at INT8. A matrix whose input size `group_size` does not divide gets the largest
-    power of two that does, or INT8 where there is none from 32 up (NNCF's `GroupSizeFallbackMode.ADJUST`);
-    `precision_table` shows it.
+    INT4 leaves embedding and head at INT8, and both leave routers of experts as they are: they are small, and a wrong
+    choice of experts is a large error. A matrix whose input size `group_size` does not divide gets the largest power of
+    two that does, or INT8 where there is none from 32 up (NNCF's `GroupSizeFallbackMode.ADJUST`); `precision_table`
+    shows it.
 
     Args:
+        kept: names of operations whose weights stay as they are, besides the routers of an `ov.Model`.
         group_size: INT4 weights along the input dimension that share a scale; -1 is the whole dimension.
         sym: no zero points (INT4 only, as NNCF has INT8 asymmetric).
         awq: move scale from activations into weights (AWQ), judged from `samples`, or from the weights alone.
@@ -45,7 +48,12 @@ def compress(
 
     Raises:
         ConversionError: NNCF cannot compress the model.
+        UsageError: experts would get groups that are no power of two.
     """
+    chosen = routers(model) if isinstance(model, ov.Model) else set()
+    if chosen and weights == "int4" and group_size > 0 and group_size & (group_size - 1):
+        # The CPU plugin (2026.4.1) computes such groups of experts wrongly: up to 90 % off, in silence.
+        raise UsageError(f"group_size is {group_size}, a model with experts needs a power of two, or -1")
     import nncf
     import rich
     from nncf.parameters import CompressWeightsMode
@@ -65,6 +73,8 @@ def compress(
         }
         if samples:
             options["subset_size"] = min(len(samples), MAX_SAMPLES)
+    if names := [*kept, *sorted(chosen)]:
+        options["ignored_scope"] = nncf.IgnoredScope(names=names)
     console = rich.get_console()
     quiet, console.quiet = console.quiet, True  # NNCF draws bars of its own over ours
     try:
@@ -138,16 +148,25 @@ def read_samples(
 _PASSING = {"Convert", "Subtract", "Multiply", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Constant"}
 _BITS = {"u4": 4, "i4": 4, "nf4": 4, "u8": 8, "i8": 8, "f16": 16, "bf16": 16, "f32": 32}
 _FLOATS = {"f16", "bf16", "f32"}
-ROLES = ("embedding", "embedding+head", "linear", "head", "norms+other")
+# Where an operation may take a weight; GroupedMatMul's third input says where the rows of each expert end.
+_WEIGHT_PORTS = {"MatMul": slice(0, 2), "GroupedMatMul": slice(1, 2), "Gather": slice(0, 1)}
+ROLES = ("embedding", "embedding+head", "router", "linear", "head", "norms+other")
+# What may lie between the product of a router and its choice: scores, biases, limits on groups of experts.
+_CHOOSING = {
+    "Abs", "Add", "Broadcast", "Clamp", "Convert", "Divide", "Equal", "Exp", "Gather", "GatherElements", "Greater",
+    "GreaterEqual", "Less", "LessEqual", "Log", "LogicalAnd", "LogicalNot", "LogicalOr", "LogSoftmax", "Maximum",
+    "Minimum", "Multiply", "NotEqual", "Power", "ReduceMax", "ReduceSum", "Reshape", "ScatterElementsUpdate", "Select",
+    "Sigmoid", "Softmax", "SoftPlus", "Sqrt", "Squeeze", "Subtract", "Tanh", "Tile", "TopK", "Transpose", "Unsqueeze",
+}  # fmt: skip
 
 
 def precision_table(model: ov.Model) -> list[dict[str, Any]]:
     """What the weights of `model` are: one row for each role, precision and group size.
 
     Rows are `{"role", "precision", "group_size", "tensors", "elements", "bytes"}`. Roles: `embedding` (a table that is
-    looked up), `head` (the last matrix before the logits), `embedding+head` (tied), `linear` (all other matrices),
-    `norms+other`. Scales and zero points are in `bytes` only. `group_size` is None for weights without scales and -1
-    for one scale a channel.
+    looked up), `head` (the last matrix before the logits), `embedding+head` (tied), `router` (chooses experts),
+    `linear` (all other matrices), `norms+other`. Scales and zero points are in `bytes` only. `group_size` is None for
+    weights without scales and -1 for one scale a channel.
     """
     roles: dict[int, set[str]] = {}
     cones: dict[int, list[ov.Node]] = {}  # memory of a weight -> the weight, its scales and zero points
@@ -185,7 +204,7 @@ class WeightUse:
     Attributes:
         port: the input of a product or lookup that takes it.
         constants: what it is computed from, largest first: the weight, scales and zero points.
-        role: `embedding`, `head` or `linear`.
+        role: `embedding`, `head`, `router` or `linear`.
     """
 
     port: ov.Input
@@ -199,17 +218,45 @@ class WeightUse:
 
 def weight_uses(model: ov.Model) -> list[WeightUse]:
     """Every place of a model or submodel that reads a weight matrix, in the order of execution."""
-    head = _head(model)
+    special = dict.fromkeys(routers(model), "router")
+    if (head := _head(model)) is not None:
+        special[head] = "head"
     found = []
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
-        for port in node.inputs() if kind == "MatMul" else node.inputs()[:1] if kind == "Gather" else []:
+        for port in node.inputs()[_WEIGHT_PORTS[kind]] if kind in _WEIGHT_PORTS else []:
             constants = _constants(port.get_source_output().get_node())
             if not constants or not _is_matrix(constants[0]):
                 continue
             table = kind == "Gather" and len(port.get_partial_shape()) == 2  # three axes: experts
-            role = "embedding" if table else "head" if node.get_friendly_name() == head else "linear"
+            role = "embedding" if table else special.get(node.get_friendly_name(), "linear")
             found.append(WeightUse(port, constants, role))
+    return found
+
+
+def routers(model: ov.Model) -> set[str]:
+    """Names of the products with weights whose result only chooses experts and weighs them.
+
+    They are what leads to a TopK of a constant number through nothing but `_CHOOSING`. A TopK of all there is sorts.
+    """
+    found: set[str] = set()
+    seen: set[str] = set()
+    open_nodes = [
+        node.input_value(0).get_node()
+        for node in model.get_ops()
+        if node.get_type_name() == "TopK" and node.input_value(1).get_node().get_type_name() == "Constant"
+    ]
+    while open_nodes:
+        node = open_nodes.pop()
+        name = str(node.get_friendly_name())
+        if name in seen:
+            continue
+        seen.add(name)
+        if node.get_type_name() == "MatMul":
+            if any(_constants(port.get_source_output().get_node()) for port in node.inputs()):
+                found.add(name)
+        elif node.get_type_name() in _CHOOSING:
+            open_nodes += [port.get_source_output().get_node() for port in node.inputs()]
     return found
 
 

@@ -1,32 +1,52 @@
 """The general route: any causal language model of transformers becomes a stateful OpenVINO model.
 
-transformers' own code is traced with `torch.export`, its KV cache made explicit as inputs and outputs, which then
-become states. No code in here knows a model family, so a new family needs none.
+transformers' own code is traced with `torch.export`, its cache made explicit as inputs and outputs, which then become
+states. No code in here knows a model family, so a new family needs none; what it needs of transformers' inside is in
+`edgert.converters.general`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import openvino as ov
 import torch
-from edgert.converters.canonical import DECODER_OUTPUT, ENCODER_OUTPUT, check_form, hide_cache, rename
+from edgert.converters.canonical import (
+    DECODER_OUTPUT,
+    ENCODER_OUTPUT,
+    check_form,
+    hide_cache,
+    past_name,
+    rename,
+)
+from edgert.converters.general.states import Layout, build_cache, cache_argument, layout, read_cache
+from edgert.converters.general.tracing import EXTENSIONS, adapted
 from torch.export import Dim, ExportedProgram
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
 from edgert.errors import ConversionError
 
-# Sizes of the example that is traced: all different, none 0 or 1, which torch.export would take for constants.
+if TYPE_CHECKING:
+    from edgert.converters.media.inputs import MoreInputs
+
+# Sizes of the example that is traced: all different, none 0 or 1, which torch.export would take for constants. To the
+# new tokens those of a short convolution are added: code that pads up to its length must not do so here.
 _BATCH, _QUERY, _PAST = 2, 3, 5
 
 
 class _Decoder(torch.nn.Module):
-    """A causal language model whose KV cache comes in and goes out as plain tensors."""
+    """A causal language model whose cache comes in and goes out as plain tensors."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, layout: Layout, more: MoreInputs | None) -> None:
         super().__init__()
         self.model = model
+        self.layout = layout
+        self.more = more
+        self.accepted = set(inspect.signature(model.forward).parameters)
+        if not any(state.grows for state in layout.states):
+            self.accepted -= {"attention_mask"}  # nothing to mask: all that came before is in the state
 
     def forward(
         self,
@@ -34,22 +54,15 @@ class _Decoder(torch.nn.Module):
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
         past: list[torch.Tensor],
+        extra: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        cache = DynamicCache()
-        for key, value in zip(past[::2], past[1::2], strict=True):
-            layer = DynamicLayer()  # never a sliding one: what a window shows is the attention mask's business
-            layer.keys, layer.values, layer.is_initialized = key, value, True
-            layer.dtype, layer.device = key.dtype, key.device
-            cache.layers.append(layer)
-        cache.layer_class_to_replicate = None
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return output.logits, *(t for layer in cache.layers for t in (layer.keys, layer.values))
+        cache = build_cache(self.layout, past)
+        values = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        call: Any = {name: value for name, value in values.items() if name in self.accepted}
+        call[cache_argument(self.model)] = cache
+        with self.more.around(self.model, extra, call) if self.more else nullcontext(call) as call:
+            logits = self.model(**call, use_cache=True).logits
+        return logits, *read_cache(self.layout, cache, past)
 
 
 class _Encoder(torch.nn.Module):
@@ -63,55 +76,75 @@ class _Encoder(torch.nn.Module):
         return hidden
 
 
-def export_decoder(model: PreTrainedModel) -> ov.Model:
+def export_decoder(model: PreTrainedModel, more: MoreInputs | None = None) -> ov.Model:
     """Export a causal language model in the form of `edgert.converters.canonical`.
 
     Weights keep the type they have in `model` and may share its memory: keep `model` alive as long as the result.
 
+    Args:
+        more: inputs beside tokens, of a model that sees or hears.
+
     Raises:
-        ConversionError: the model has no KV cache of keys and values, or its code cannot be traced or translated.
+        ConversionError: the model keeps something between tokens that is neither keys and values nor a recurrent state,
+            or its code cannot be traced or translated.
     """
-    program, cache_shapes = trace_decoder(model)
+    program, kept = trace_decoder(model, more)
     converted = _convert(program, model)
-    expected = 3 + len(cache_shapes)
-    if len(converted.inputs) != expected or len(converted.outputs) != expected - 2:
+    first, end = 3, 3 + len(kept.states)
+    inputs, outputs = end + (len(more.names) if more else 0), 1 + len(kept.states)
+    if len(converted.inputs) != inputs or len(converted.outputs) != outputs:
         raise ConversionError(
             f"{model.config.model_type}: the export has {len(converted.inputs)} inputs and {len(converted.outputs)} "
-            f"outputs, expected {expected} and {expected - 2}"
+            f"outputs, expected {inputs} and {outputs}"
         )
-    for port, name in zip(converted.inputs, ("input_ids", "attention_mask", "position_ids"), strict=False):
-        port.get_node().set_partial_shape(ov.PartialShape([-1, -1]))
+    positions = [more.positions, -1, -1] if more and more.positions else [-1, -1]
+    shapes = [ov.PartialShape(shape) for shape in ([-1, -1], [-1, -1], positions)]
+    for state in kept.states:
+        free = (0, 2) if state.grows else (0,)
+        sizes = [-1 if axis in free else size for axis, size in enumerate(state.example.shape)]
+        shapes.append(ov.PartialShape(sizes))
+    state_names = [past_name(state.name) for state in kept.states]
+    names = ["input_ids", "attention_mask", "position_ids", *state_names, *(more.names if more else ())]
+    for port, name, shape in zip(converted.inputs, names, [*shapes, *(more.shapes if more else ())], strict=True):
+        port.get_node().set_partial_shape(shape)
         rename(port, name)
-    for port, shape in zip(converted.inputs[3:], cache_shapes, strict=True):
-        port.get_node().set_partial_shape(ov.PartialShape([-1, shape[1], -1, shape[3]]))
     rename(converted.outputs[0], DECODER_OUTPUT)
     converted.validate_nodes_and_infer_types()
-    hide_cache(converted, converted.inputs[3:], converted.outputs[1:])
-    check_form(converted, "decoder")
+    hide_cache(converted, converted.inputs[first:end], converted.outputs[1:], state_names)
+    check_form(converted, "decoder", states=len(kept.states))
     return converted
 
 
-def trace_decoder(model: PreTrainedModel) -> tuple[ExportedProgram, list[torch.Size]]:
-    """Trace `(input_ids, attention_mask, position_ids, past) -> (logits, *present)` with dynamic batch, query and past.
+def trace_decoder(model: PreTrainedModel, more: MoreInputs | None = None) -> tuple[ExportedProgram, Layout]:
+    """Trace `(input_ids, attention_mask, position_ids, past, extra) -> (logits, *present)` with dynamic sizes.
 
-    Also returns the shape of each cache tensor, key before value, [batch, heads, tokens, head_dim].
+    Also returns what the tensors of `past` and `present` are.
 
     Raises:
         ConversionError: as `export_decoder`.
     """
-    if getattr(model.config.get_text_config(), "num_experts_per_tok", None):
-        # The other implementations loop over data-dependent sizes or call kernels that no frontend translates.
-        model.config._experts_implementation = "batched_mm"
-    past = _example_cache(model)
+    kept = layout(model, _BATCH, _PAST)
+    past = [state.example for state in kept.states]
+    query = _QUERY + kept.kernel
+    positions = torch.arange(_PAST, _PAST + query).expand(_BATCH, -1)
+    if more and more.positions:
+        positions = positions.expand(more.positions, -1, -1)
     example = (
-        torch.ones(_BATCH, _QUERY, dtype=torch.long),
-        torch.ones(_BATCH, _PAST + _QUERY, dtype=torch.long),
-        torch.arange(_PAST, _PAST + _QUERY).expand(_BATCH, -1).contiguous(),
+        torch.ones(_BATCH, query, dtype=torch.long),
+        torch.ones(_BATCH, _PAST + query, dtype=torch.long),
+        positions.contiguous(),
         past,
+        more.example(_BATCH, query) if more else [],
     )
     free = {0: Dim.AUTO, 1: Dim.AUTO}
-    shapes = (free, free, free, [{0: Dim.AUTO, 2: Dim.AUTO}] * len(past))
-    return _trace(_Decoder(model).eval(), example, shapes, model), [tensor.shape for tensor in past]
+    shapes = (
+        free,
+        free,
+        {1: Dim.AUTO, 2: Dim.AUTO} if more and more.positions else free,
+        [{0: Dim.AUTO, 2: Dim.AUTO} if state.grows else {0: Dim.AUTO} for state in kept.states],
+        more.dynamic if more else [],
+    )
+    return _trace(_Decoder(model, kept, more).eval(), example, shapes, model), kept
 
 
 def export_encoder(model: PreTrainedModel) -> ov.Model:
@@ -146,22 +179,9 @@ def trace_encoder(model: PreTrainedModel) -> tuple[ExportedProgram, list[str]]:
     return _trace(_Encoder(model, names).eval(), (example,), shapes, model), names
 
 
-def _example_cache(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Keys and values of `_PAST` tokens, as the model itself makes them."""
-    cache = DynamicCache()
-    with torch.no_grad():
-        model(input_ids=torch.ones(_BATCH, _PAST, dtype=torch.long), past_key_values=cache, use_cache=True)
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    if not tensors or any(t is None or t.ndim != 4 or t.shape[2] != _PAST for t in tensors):
-        raise ConversionError(
-            f"{model.config.model_type}: its cache is not keys and values of every layer, all that is supported"
-        )
-    return tensors
-
-
 def _trace(module: torch.nn.Module, example: tuple[Any, ...], shapes: Any, model: PreTrainedModel) -> ExportedProgram:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), adapted(model):
             return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises whatever the model's code raises
         raise ConversionError(f"{model.config.model_type}: torch.export failed: {first_line(error)}") from error
@@ -170,7 +190,7 @@ def _trace(module: torch.nn.Module, example: tuple[Any, ...], shapes: Any, model
 def _convert(program: ExportedProgram, model: PreTrainedModel) -> ov.Model:
     _state_static_sizes(program)
     try:
-        return ov.convert_model(program)
+        return ov.convert_model(program, extension=EXTENSIONS)
     except Exception as error:  # OpConversionFailure, RuntimeError …, by operation
         raise ConversionError(
             f"{model.config.model_type}: OpenVINO cannot translate it: {first_line(error)}"

@@ -14,6 +14,7 @@ from edgert.converters.quality import Decoder, Floats, Tokens, check_decoder, de
 
 from edgert import native
 from edgert.errors import ParityError
+from edgert.features import Taken
 from edgert.kernel_lowering import CACHE, PAST, lower, packables
 from edgert.kernelfile import PackedWeights, PackedWriter, make_unusable
 from edgert.kvlayout import blocks_of
@@ -111,12 +112,12 @@ def _kernel_decoder(core: ov.Core, folder: Path) -> Decoder:
     compiled = core.compile_model(lowered.model, "CPU", _QUANTIZED)
     request, wanted = compiled.create_infer_request(), {port.any_name for port in compiled.inputs}
     caches = [cache.layout.empty(0) for cache in lowered.caches]
-    past = 0
+    past, taken = 0, Taken.of(model)
 
     def step(ids: Tokens) -> Floats:
         nonlocal past
         end = past + ids.shape[1]
-        inputs: dict[str, Any] = {**decoder_inputs(ids, past), "beam_idx": np.zeros(1, np.int32)}
+        inputs: dict[str, Any] = {**decoder_inputs(ids, past, taken), "beam_idx": np.zeros(1, np.int32)}
         inputs[PAST] = np.array([past], np.int64)
         for number, cache in enumerate(lowered.caches):
             larger = cache.layout.empty(blocks_of(end))

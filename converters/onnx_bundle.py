@@ -18,6 +18,7 @@ from edgert.converters import pretrained, quality
 from edgert.converters.build import describe, report, samples
 from edgert.converters.canonical import DECODER_OUTPUT, ENCODER_OUTPUT, cache_names
 from edgert.converters.compress import ROLES, compress
+from edgert.converters.general.tracing import DECOMPOSITIONS
 from edgert.converters.huggingface import first_line, trace_decoder, trace_encoder
 from edgert.converters.sources import Source, Task, copy_tokenizer
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
@@ -73,7 +74,15 @@ def build_onnx(source: Source, draft: Draft, options: Options, progress: Progres
 def _export(model: Any, task: Task, path: Path) -> dict[str, torch.Size]:
     """Write the ONNX file; returns the cache inputs and an example of their shapes."""
     if task == "decoder":
-        program, shapes = trace_decoder(model)
+        program, kept = trace_decoder(model)
+        if kept.recurrent:
+            parts = ", ".join(sorted({state.part for state in kept.states if not state.grows}))
+            raise ConversionError(
+                f"{model.config.model_type}: its layers keep states ({parts}) that are not keys and values, which ONNX "
+                "bundles cannot have; the OpenVINO format can"
+            )
+        shapes = [state.example.shape for state in kept.states]
+        program = program.run_decompositions(dict(DECOMPOSITIONS))
         past, present = cache_names(len(shapes) // 2)
         inputs, outputs = ["input_ids", "attention_mask", "position_ids", *past], [DECODER_OUTPUT, *present]
     else:

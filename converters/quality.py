@@ -1,12 +1,13 @@
 """The gate: a converted model must compute what its source computes, before any compression, or there is no bundle.
 
-Source and conversion see the same random tokens: a prompt longer than any attention window, then single tokens, so that
-the cache, the positions and the mask are exercised the way a session uses them.
+Source and conversion see the same tokens, random ones and where there is a tokenizer those of a text: a prompt longer
+than any attention window, then single tokens, then several after them, so that the cache, the positions and the mask
+are exercised the way a session uses them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 from edgert.bundle import Bundle
 from edgert.cutting import cut
 from edgert.device import DeviceConfig
-from edgert.errors import ConversionError, ParityError
+from edgert.errors import ConversionError, ParityError, PlanError
 from edgert.executor import Executor
+from edgert.features import Taken
 from edgert.graph import BlockGraph
 from edgert.placement import Plan
 from edgert.shapes import StaticShapes
@@ -28,6 +30,7 @@ LIMIT = 1e-3  # f32 round-off of real exports is 1e-7 to 1e-5; a wrong one is of
 CUT_LIMIT = 1e-5  # the same arithmetic in the same order: what differs is a mistake
 PROMPT = 16
 STEPS = 8
+MORE = (7, 1, 5)  # tokens of the calls that follow the steps: not divisors of the chunks of any implementation
 CHUNK = 256  # tokens at once, which bounds the logits in memory
 COMPARED = 32  # last positions that are compared
 
@@ -46,11 +49,11 @@ Encoder = Callable[[Mapping[str, Tokens]], Floats]
 def openvino_decoder(model: ov.Model, properties: Mapping[str, str] = EXACT) -> Decoder:
     """A canonical decoder on the CPU, by default in f32."""
     request = ov.Core().compile_model(model, "CPU", dict(properties)).create_infer_request()
-    past = 0
+    past, taken = 0, Taken.of(model)
 
     def step(ids: Tokens) -> Floats:
         nonlocal past
-        inputs = decoder_inputs(ids, past)
+        inputs = decoder_inputs(ids, past, taken)
         past += ids.shape[1]
         return np.array(request.infer({**inputs, "beam_idx": np.zeros(1, np.int32)})["logits"])
 
@@ -65,16 +68,30 @@ def openvino_encoder(model: ov.Model) -> Encoder:
 
 
 def torch_decoder(model: Any) -> Decoder:
-    """A causal language model of transformers with its own kind of cache."""
-    import torch
-    from transformers import DynamicCache
+    """A causal language model of transformers with its own kind of cache.
 
-    cache = DynamicCache(config=model.config)
+    One with recurrent states computes every call from the first token on: going on from a state with several tokens,
+    transformers 5.5 forgets the state (gated delta rule) or fails (Mamba).
+    """
+    import torch
+    from edgert.converters.general.recurrent import one_chunk
+    from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+    cache: dict[str, Any] = {}
+    seen = np.zeros((1, 0), np.int64)
 
     def step(ids: Tokens) -> Floats:
-        with torch.no_grad():
-            output = model(input_ids=torch.from_numpy(ids), past_key_values=cache, use_cache=True)
-        logits: Floats = output.logits.float().numpy()
+        nonlocal seen
+        seen = np.concatenate([seen, ids], axis=1)
+        new = ids if cache else seen
+        with torch.no_grad(), one_chunk(model, new.shape[1]):
+            output = model(input_ids=torch.from_numpy(new), use_cache=True, **cache)
+        kept = getattr(output, "past_key_values", None)
+        layers = getattr(kept, "layers", ())
+        plain = [isinstance(t, CacheLayerMixin) and not isinstance(t, LinearAttentionCacheLayerMixin) for t in layers]
+        if plain and all(plain):
+            cache["past_key_values"] = kept
+        logits: Floats = output.logits[:, -ids.shape[1] :].float().numpy()
         return logits
 
     return step
@@ -151,22 +168,35 @@ def onnx_encoder(path: Path, names: Mapping[str, str]) -> Encoder:
     return run
 
 
-def decoder_inputs(ids: Tokens, past: int) -> dict[str, Tokens]:
-    """The canonical inputs, but for beam_idx, of `ids` [1, query] after `past` tokens."""
+def decoder_inputs(ids: Tokens, past: int, taken: Taken | None = None) -> dict[str, NDArray[Any]]:
+    """The canonical inputs, but for beam_idx, of `ids` [1, query] after `past` tokens; `taken`: what else there is."""
     end = past + ids.shape[1]
     positions = np.arange(past, end, dtype=np.int64)[None]
-    return {"input_ids": ids, "attention_mask": np.ones((1, end), np.int64), "position_ids": positions}
+    inputs = {"input_ids": ids, "attention_mask": np.ones((1, end), np.int64), "position_ids": positions}
+    if taken is None:
+        return inputs
+    if taken.axes:
+        inputs["position_ids"] = np.broadcast_to(positions, (taken.axes, *positions.shape))
+    return {**inputs, **taken.zeros(ids.shape[1])}
 
 
 def check_decoder(
-    candidate: Decoder, reference: Decoder, *, vocab_size: int, window: int | None, against: str, limit: float = LIMIT
+    candidate: Decoder,
+    reference: Decoder,
+    *,
+    vocab_size: int,
+    window: int | None,
+    against: str,
+    limit: float = LIMIT,
+    text: Sequence[int] | None = None,
 ) -> Row:
-    """Compare prefill and `STEPS` single-token steps; both decoders must be new.
+    """Compare a prefill, `STEPS` single tokens and several at once after them; both decoders must be new.
 
     Args:
         vocab_size: tokens are drawn below it.
         window: the sliding attention window in tokens, which the prompt then exceeds.
         against: what `reference` is, for the report.
+        text: tokens of a text, repeated as often as needed, to compare with in place of random ones.
 
     Returns:
         a row of `edgert.bundle.Report.checks`.
@@ -175,10 +205,13 @@ def check_decoder(
         ParityError: max |a - b| / max |b| is above `limit`, or not a number.
     """
     prompt = max(PROMPT, (window or 0) + PROMPT // 2)
-    ids = _tokens((1, prompt + STEPS), vocab_size)
-    chunks = [min(CHUNK, prompt - start) for start in range(0, prompt, CHUNK)] + [1] * STEPS
-    name = f"logits of a prefill of {prompt} tokens and {STEPS} decode steps"
-    return _row(name, _run(candidate, ids, chunks), _run(reference, ids, chunks), against, limit)
+    after = [1] * STEPS + list(MORE)
+    shape = (1, prompt + sum(after))
+    ids = _tokens(shape, vocab_size) if text is None else np.resize(np.array(text, np.int64), shape)
+    chunks = [min(CHUNK, prompt - start) for start in range(0, prompt, CHUNK)] + after
+    kind = "random tokens" if text is None else "tokens of a text"
+    name = f"logits of {kind}: a prefill of {prompt}, {STEPS} decode steps, then {' + '.join(map(str, MORE))} tokens"
+    return compared(name, _run(candidate, ids, chunks), _run(reference, ids, chunks), against, limit)
 
 
 def check_cut(path: Path, graph: BlockGraph, *, task: str, vocab_size: int) -> Row:
@@ -194,20 +227,21 @@ def check_cut(path: Path, graph: BlockGraph, *, task: str, vocab_size: int) -> R
         inputs = _padded(vocab_size)
         real = inputs["attention_mask"].astype(bool)
         expected = openvino_encoder(core.read_model(path))(inputs)[real]
-        chain = _chain(cut(core.read_model(path), graph, boundaries))
-        return _row(name, chain(dict(inputs))[real], expected, against, CUT_LIMIT)
+        chain = chained(cut(core.read_model(path), graph, boundaries))
+        return compared(name, chain(dict(inputs))[real], expected, against, CUT_LIMIT)
     ids, chunks = _tokens((1, PROMPT + STEPS), vocab_size), [PROMPT] + [1] * STEPS
     expected = _run(openvino_decoder(core.read_model(path)), ids, chunks)
-    chain = _chain(cut(core.read_model(path), graph, boundaries))
+    taken = Taken.of(uncut := core.read_model(path))
+    chain = chained(cut(uncut, graph, boundaries))
     past = 0
 
     def step(tokens: Tokens) -> Floats:
         nonlocal past
-        inputs = decoder_inputs(tokens, past)
+        inputs = decoder_inputs(tokens, past, taken)
         past += tokens.shape[1]
         return chain({**inputs, "beam_idx": np.zeros(1, np.int32)})
 
-    return _row(name, _run(step, ids, chunks), expected, against, CUT_LIMIT)
+    return compared(name, _run(step, ids, chunks), expected, against, CUT_LIMIT)
 
 
 def check_static(bundle: Bundle, limit: float = LIMIT) -> Row:
@@ -228,7 +262,7 @@ def check_static(bundle: Bundle, limit: float = LIMIT) -> Row:
         plan = Plan.single(bundle.graph, DeviceConfig("CPU", variant))
         logits.append(_run(_sequence(Executor(bundle, plan, shapes=shapes)), ids, [PROMPT] + [1] * STEPS))
     found, expected = logits
-    return _row("logits with static shapes", found, expected, "the dynamic model", limit)
+    return compared("logits with static shapes", found, expected, "the dynamic model", limit)
 
 
 def _sequence(executor: Executor) -> Decoder:
@@ -240,8 +274,14 @@ def _sequence(executor: Executor) -> Decoder:
     return step
 
 
-def _chain(submodels: list[ov.Model]) -> Callable[[dict[str, Any]], Floats]:
-    """Submodels one after the other, each output an input of later ones; gives the last one's first output."""
+def chained(submodels: list[ov.Model]) -> Callable[[dict[str, Any]], Floats]:
+    """Submodels one after the other, each output an input of later ones, and kept in what is given.
+
+    Gives the first output of the last one.
+
+    Raises:
+        PlanError: when it is called, a submodel wants what none before it gives.
+    """
     core = ov.Core()
     stages = [
         (
@@ -254,6 +294,8 @@ def _chain(submodels: list[ov.Model]) -> Callable[[dict[str, Any]], Floats]:
     def run(values: dict[str, Any]) -> Floats:
         for request, outputs in stages:
             names = [port.any_name for port in request.model_inputs]
+            if unknown := [name for name in names if name not in values]:
+                raise PlanError(f"a submodel wants {unknown[0]!r}, which none before it gives")
             results = request.infer({name: values[name] for name in names}).to_tuple()
             values |= dict(zip(outputs, results, strict=True))
         last: Floats = results[0]
@@ -272,7 +314,7 @@ def check_states(new: Callable[[], Decoder], *, vocab_size: int, limit: float = 
     """
     ids = _tokens((1, PROMPT + STEPS), vocab_size)
     stepwise = _run(new(), ids, [PROMPT] + [1] * STEPS)
-    return _row(
+    return compared(
         "logits step by step", stepwise, _run(new(), ids, [PROMPT + STEPS]), "the same model in one pass", limit
     )
 
@@ -287,7 +329,7 @@ def check_encoder(
     """
     inputs = _padded(vocab_size)
     real = inputs["attention_mask"].astype(bool)
-    return _row("hidden states, with padding", candidate(inputs)[real], reference(inputs)[real], against, limit)
+    return compared("hidden states, with padding", candidate(inputs)[real], reference(inputs)[real], against, limit)
 
 
 def transformers_name() -> str:
@@ -296,12 +338,21 @@ def transformers_name() -> str:
 
 
 def attention_window(config: Mapping[str, Any]) -> int | None:
-    """The sliding window in a config.json, in tokens; None where no layer has one or none is ever reached."""
-    text = {**config, **(config.get("text_config") or {})}
-    window, context = text.get("sliding_window"), text.get("max_position_embeddings")
-    if not window or "sliding_attention" not in (text.get("layer_types") or ["sliding_attention"]):
-        return None
-    return None if context and window + PROMPT + STEPS > context else int(window)
+    """The sliding window or attention chunk in a config.json, in tokens; of the language model if there is more.
+
+    None where no layer has one or none is ever reached.
+    """
+    nested = config.get("text_config") or config.get("llm_config") or config.get("language_config")
+    text = {**config, **nested} if isinstance(nested, Mapping) else dict(config)
+    context, kinds = text.get("max_position_embeddings"), text.get("layer_types")
+    windows = [
+        int(text[key])
+        for key, kind in (("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention"))
+        if text.get(key) and kind in (kinds or [kind])
+    ]
+    longest = max(windows, default=None)
+    room = PROMPT + STEPS + sum(MORE)
+    return None if longest is None or (context and longest + room > context) else longest
 
 
 def _padded(vocab_size: int) -> dict[str, Tokens]:
@@ -332,7 +383,8 @@ def _run(decoder: Decoder, ids: Tokens, chunks: list[int]) -> Floats:
     return np.concatenate(kept)
 
 
-def _row(name: str, found: Floats, expected: Floats, against: str, limit: float) -> Row:
+def compared(name: str, found: Floats, expected: Floats, against: str, limit: float) -> Row:
+    """A row of `edgert.bundle.Report.checks`; raises `ParityError` where max |a - b| / max |b| is above `limit`."""
     if found.shape != expected.shape:
         raise ParityError(
             f"{name}: shape {found.shape}, {against} gives {expected.shape}", relative_error=float("inf"), limit=limit

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
-from edgert.converters.compress import weight_uses
-from edgert.converters.mixed.matrices import Matrix
+from edgert.converters.mixed.matrices import Matrix, choosable
 from edgert.converters.quality import EXACT, decoder_inputs
 from numpy.typing import NDArray
 
+from edgert.experts import without_grouped_products
 from edgert.likelihood import Window
 
 Array = NDArray[np.float32]
@@ -119,15 +119,30 @@ def from_empty(submodel: ov.Model) -> ov.Model:
 
 
 def _with_weight_inputs(submodel: ov.Model) -> ov.Model:
-    """A copy whose matrices are inputs, f32, under the names of their constants."""
-    model = submodel.clone()
+    """A copy whose matrices, but for routers, are inputs, f32, under the names of their constants.
+
+    Of experts all are computed: the CPU plugin (2026.4.1) chooses among constants only, and fails to compile a block
+    that has its pattern with inputs ("Only constant weights are supported for GatherMatmul operation").
+    """
+    model = without_grouped_products(submodel).clone()
     parameters: dict[str, ov.Node] = {}
-    for use in weight_uses(model):
+    for use in choosable(model):
         name = use.constants[0].get_friendly_name()
         if name not in parameters:
             parameters[name] = ops.parameter(use.constants[0].get_output_shape(0), ov.Type.f32, name)
             parameters[name].output(0).set_names({name})
         use.port.replace_source_output(parameters[name].output(0))
+        if len(use.constants[0].get_output_shape(0)) == 3 and use.node.get_type_name() == "MatMul":
+            _turn(use.node)
     model.add_parameters(list(parameters.values()))
     model.validate_nodes_and_infer_types()
     return model
+
+
+def _turn(product: ov.Node) -> None:
+    """Let a product a b of experts be computed as (bᵀ aᵀ)ᵀ, which is in no pattern of the plugin's."""
+    (a, b), attributes = product.input_values(), product.get_attributes()
+    turned = ops.matmul(b, a, not attributes["transpose_b"], not attributes["transpose_a"])
+    back = ops.transpose(turned, ops.constant([0, 2, 1]))
+    for consumer in list(product.output(0).get_target_inputs()):
+        consumer.replace_source_output(back.output(0))

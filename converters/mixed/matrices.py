@@ -39,15 +39,20 @@ class Matrix:
         return prod(self.shape)
 
 
+def choosable(submodel: ov.Model) -> list[WeightUse]:
+    """Where a submodel reads matrices whose precision can be chosen: all but routers, which stay at f16."""
+    return [use for use in weight_uses(submodel) if use.role != "router"]
+
+
 def find_matrices(graph: BlockGraph, submodels: Sequence[ov.Model]) -> list[Matrix]:
-    """The matrices of a model, in the order in which they are read; `submodels` are one for each block.
+    """The matrices of a model but for routers, in the order in which they are read; `submodels` are one for each block.
 
     Raises:
         ConversionError: a weight is no plain constant.
     """
     places: dict[str, list[tuple[int, WeightUse]]] = {}
     for block, submodel in enumerate(submodels):
-        for use in weight_uses(submodel):
+        for use in choosable(submodel):
             if len(use.constants) > 1:
                 name = use.node.get_friendly_name()
                 raise ConversionError(f"{name}: its weight is computed of {len(use.constants)} constants, expected one")

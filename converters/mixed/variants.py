@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
-from edgert.converters.compress import WeightUse, weight_uses
+from edgert.converters.compress import WeightUse, routers, weight_uses
 from edgert.converters.mixed.chain import Array, State
-from edgert.converters.mixed.matrices import Matrix
+from edgert.converters.mixed.matrices import Matrix, choosable
 from edgert.converters.mixed.nncf_runs import INT4, NEEDS_DATA, Method, compress_exactly, sensitivity_metrics
 from edgert.converters.quality import EXACT
 
@@ -59,13 +59,13 @@ class Variants:
         submodel = self._submodels[block]
         chosen: list[tuple[Matrix, WeightUse]] = []
         left_out: list[tuple[Matrix, WeightUse]] = []
-        for use in weight_uses(submodel):
+        for use in choosable(submodel):
             matrix = self._matrix(use)
             fits = matrix.blocks[-1] == block and format.fits(matrix.shape)
             (chosen if fits else left_out).append((matrix, use))
         path = self._path(block, format, method)
         if chosen and not path.exists():
-            ignored = [str(use.node.get_friendly_name()) for _, use in left_out]
+            ignored = [str(use.node.get_friendly_name()) for _, use in left_out] + sorted(routers(submodel))
             data = _samples(submodel, samples()) if method in NEEDS_DATA else None
             _save(compress_exactly(submodel.clone(), format, method, data, ignored), path)
         return [matrix for matrix, _ in chosen]
@@ -75,13 +75,14 @@ class Variants:
         submodel = self._submodels[block]
         products = [
             use
-            for use in weight_uses(submodel)
+            for use in choosable(submodel)
             if use.role != "embedding" and self._matrix(use).blocks[-1] == block and INT4.fits(self._matrix(use).shape)
         ]
         plain = {str(use.node.get_friendly_name()): self._matrix(use) for use in products}
         if not plain:
             return {}
-        ignored = [name for use in weight_uses(submodel) if (name := str(use.node.get_friendly_name())) not in plain]
+        ignored = [str(use.node.get_friendly_name()) for use in weight_uses(submodel)]
+        ignored = [name for name in ignored if name not in plain]
         found = sensitivity_metrics(submodel.clone(), _samples(submodel, states), ignored)
         return {plain[name].name: scores for name, scores in found.items() if name in plain}
 
@@ -90,7 +91,7 @@ class Variants:
         key = (matrix.name, format.name, method)
         if key not in self._kept:
             if format.group_size is None:
-                constants = (use.constants[0] for use in weight_uses(self._submodels[matrix.blocks[0]]))
+                constants = (use.constants[0] for use in choosable(self._submodels[matrix.blocks[0]]))
                 found = next(c for c in constants if c.get_friendly_name() == matrix.constant)
                 value = np.asarray(found.data, np.float32)
             else:
@@ -104,7 +105,7 @@ class Variants:
     def put(self, model: ov.Model, chosen: Mapping[str, tuple[Format, Method]]) -> None:
         """Let a copy of the f16 model read its matrices in other formats, by their names; in place. The others stay."""
         sources: dict[str, ov.Output] = {}
-        for use in weight_uses(model):
+        for use in choosable(model):
             matrix = self._matrix(use)
             choice = chosen.get(matrix.name)
             if choice is None or choice[0].group_size is None:
@@ -125,11 +126,11 @@ class Variants:
         block = matrix.blocks[-1]
         operations = {
             (use.node.get_friendly_name(), use.port.get_index())
-            for use in weight_uses(self._submodels[block])
+            for use in choosable(self._submodels[block])
             if self._matrix(use) == matrix
         }
         variant = self._core.read_model(self._path(block, format, method))
-        for use in weight_uses(variant):
+        for use in choosable(variant):
             if (use.node.get_friendly_name(), use.port.get_index()) in operations:
                 return use.port.get_source_output(), use.constants  # not the port: it does not keep its node
         raise ConversionError(f"{matrix.name}: NNCF lost it in compressing it to {format.name}")

@@ -37,10 +37,8 @@ class Format:
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a matrix `[out, in]`, or experts `[n, out, in]`, can be stored so.
 
-        A group divides the input dimension and is smaller: one as large is a channel. NNCF compresses experts to INT8.
+        A group divides the input dimension and is smaller: one as large is a channel.
         """
-        if len(shape) != 2 and self.bits == 4:
-            return False
         return self.group_size in (None, CHANNEL) or (shape[-1] % self.group_size == 0 and shape[-1] > self.group_size)
 
     def weight_bytes(self, shape: Sequence[int]) -> dict[str, int]:
@@ -51,13 +49,12 @@ class Format:
         """
         if not self.fits(shape):
             raise UsageError(f"format {self.name}: a matrix of shape {list(shape)} cannot be stored so")
-        elements = math.prod(shape)
+        elements, rows = math.prod(shape), math.prod(shape[:-1])  # experts have a scale for each of their rows
         if self.group_size is None:
             return {"f16": 2 * elements}
         if self.bits == 8:
-            scales = shape[0]  # one a row, or one an expert
-            return {"u8": elements + scales, "f16": 2 * scales}
-        scales = shape[0] if self.group_size == CHANNEL else elements // self.group_size
+            return {"u8": elements + rows, "f16": 2 * rows}
+        scales = rows if self.group_size == CHANNEL else elements // self.group_size
         packed = (elements + 1) // 2
         if self.symmetric:
             return {"i4": packed, "f16": 2 * scales}

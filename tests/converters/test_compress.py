@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
+import openvino.opset13 as ops
 import pytest
-from edgert.converters.compress import compress, precision_table, read_samples, to_fp16
+from edgert.converters.compress import compress, precision_table, read_samples, routers, to_fp16
 from tiny_models import exported
 
 from edgert.errors import UsageError
@@ -96,3 +97,56 @@ def test_bad_datasets(tmp_path: Path) -> None:
     for path, message in ((short, "at least 128"), (binary, "UTF-8"), (tmp_path / "none.txt", "cannot be read")):
         with pytest.raises(UsageError, match=message):
             read_samples(path, lambda text: list(text.encode()), {"input_ids": np.dtype(np.int64)})
+
+
+def experts(*, grouped: bool) -> ov.Model:
+    """A product, then a router with a bias and a sigmoid, and its choice; as INT4 needs them, 64 wide."""
+
+    random = np.random.default_rng(0)
+
+    def weights(rows: int) -> ov.Node:
+        return ops.constant(random.normal(size=(rows, 64)).astype(np.float32))
+
+    hidden = ops.parameter([-1, 64], ov.Type.f32)
+    inner = ops.matmul(hidden, weights(64), False, True)
+    inner.set_friendly_name("before")
+    logits = ops.matmul(inner, weights(8), False, True)
+    logits.set_friendly_name("router")
+    scores = ops.add(ops.sigmoid(logits), ops.constant(np.ones((1, 8), np.float32)))
+    choice = ops.topk(scores, ops.constant(2, ov.Type.i64), 1, "max", "value", "i64")
+    shares = choice.output(0)
+    if grouped:  # rows sorted by expert: a TopK of as many as there are
+        flat = ops.reshape(choice.output(1), ops.constant([-1]), False)
+        count = ops.gather(ops.shape_of(flat), ops.constant(0), ops.constant(0))
+        shares = ops.convert(ops.topk(flat, count, 0, "min", "value", "i64", stable=True).output(1), "f32").output(0)
+        shares = ops.reshape(shares, ops.constant([-1, 2]), False).output(0)
+    share = ops.reduce_sum(shares, ops.constant([1]), True)
+    last = ops.matmul(ops.multiply(inner, share), weights(64), False, True)
+    last.set_friendly_name("after")
+    other = ops.matmul(last, weights(64), False, True)  # NNCF leaves the last product at INT8
+    return ov.Model([ops.result(other)], [hidden], "experts")
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_routers_stay_as_they_are(grouped: bool, weights: Any, tmp_path: Path) -> None:
+    model = experts(grouped=grouped)
+    assert routers(model) == {"router"}
+    to_fp16(model)
+    rows = table(compress(model, weights, group_size=32), tmp_path)
+    (router,) = (row for row in rows if row["role"] == "router")
+    assert (router["precision"], router["tensors"], router["bytes"]) == ("f16", 1, 2 * 8 * 64)
+    others = {row["precision"]: row["tensors"] for row in rows if row["role"] == "linear"}
+    assert others == ({"u8": 3} if weights == "int8" else {"u4": 2, "u8": 1})
+
+
+def test_groups_that_experts_cannot_have_are_refused() -> None:
+    with pytest.raises(UsageError, match="group_size is 48, a model with experts needs a power of two, or -1"):
+        compress(experts(grouped=False), "int4", group_size=48)
+
+
+def test_products_of_activations_choose_no_experts() -> None:
+    first, second = (ops.parameter([-1, 64], ov.Type.f32) for _ in range(2))
+    scores = ops.matmul(first, second, False, True)
+    best = ops.topk(scores, ops.constant(2, ov.Type.i64), 1, "max", "value", "i64")
+    assert routers(ov.Model([ops.result(best.output(0))], [first, second], "scores")) == set()

@@ -26,8 +26,7 @@ def test_decoder(family: str) -> None:
     assert len(model.get_sinks()) == 2 * layers
     compiled = ov.Core().compile_model(model, "CPU", quality.EXACT)
     attentions = [n for n in compiled.get_runtime_model().get_ops() if kind(n) == "ScaledDotProductAttention"]
-    # gpt_oss has attention sinks, which are not in OpenVINO's operation.
-    assert len(attentions) == (0 if family == "gpt_oss" else layers)
+    assert len(attentions) == layers
     for node in attentions:  # the cache is read by the operation itself: the fused kernel
         assert [kind(port.get_source_output().get_node()) for port in node.inputs()].count("MemoryInput") == 2
     row = quality.check_decoder(
