@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +12,14 @@ from edgert.converters.quality import check_static
 from edgert.bundle import Bundle
 from edgert.cutting import cut
 from edgert.errors import ConversionError, DeviceFailedError, UsageError
+from edgert.experts import without_grouped_products
 from edgert.graph import BlockGraph, BlockKind
 from edgert.lowering import keep_last_logits
 from edgert.npu import compiler, recipe
 from edgert.npu.blobs import BlobStore
 from edgert.npu.library import make
-from edgert.shapes import StaticShape, StaticShapes
-from edgert.static import caches, lower, prelude_axes
+from edgert.shapes import TOTAL, Axes, StaticShape, StaticShapes
+from edgert.static import caches, lower, shared_axes
 
 # Compiling takes six to nine times a submodel's INT4 weights in memory (seen by others with NPU drivers), and a device
 # loads what it runs in one piece.
@@ -107,13 +108,13 @@ def add_blobs(
     keep_last_logits(model, graph)
     ranges = groups(graph, options.split, on_npu)
     submodels = cut(model, graph, [(0, 0), *ranges], range(1, len(ranges) + 1))
-    axes = prelude_axes(submodels[0])
+    axes = shared_axes(submodels)
     store = BlobStore(bundle.path)
     jobs = [
         (number, shape, platform)
         for number, (first, _) in enumerate(ranges)
         if first in on_npu
-        for shape in _shapes(submodels[number + 1], options.shapes.within(bundle.facts.context_length))
+        for shape in _shapes(submodels[number + 1], axes, options.shapes.within(bundle.facts.context_length))
         for platform in options.platforms
     ]
     for done, (number, shape, platform) in enumerate(jobs):
@@ -121,7 +122,7 @@ def add_blobs(
         progress(f"NPU {platform}, {done + 1} of {len(jobs)}: blocks {first}-{last} at {shape}")
         names = {name for port in submodels[number + 1].inputs for name in port.get_names()}
         own = {name: dims for name, dims in axes.items() if name in names}
-        lowered = lower(submodels[number + 1], shape, own, half=True)
+        lowered = lower(without_grouped_products(submodels[number + 1]), shape, own, half=True)
         try:
             make(store, lowered, (first, last), shape, platform, with_npu, options.limits)
         except DeviceFailedError as error:
@@ -129,8 +130,9 @@ def add_blobs(
     return row
 
 
-def _shapes(submodel: ov.Model, shapes: StaticShapes) -> Sequence[StaticShape]:
+def _shapes(submodel: ov.Model, axes: Mapping[str, Axes], shapes: StaticShapes) -> Sequence[StaticShape]:
     names = {name for port in submodel.inputs for name in port.get_names()}
     queries = [1] if "logits_to_keep" in names else [1, *shapes.chunks]  # the head takes one row at a time
-    buckets = shapes.buckets if caches(submodel) else (0,)
+    grows = caches(submodel) or any(TOTAL in dims for name, dims in axes.items() if name in names)
+    buckets = shapes.buckets if grows else (0,)
     return [StaticShape(query, past) for query in queries for past in buckets]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -26,6 +27,7 @@ class BlockKind(StrEnum):
     SSM = "ssm"
     BLOCK = "block"  # anything else, e.g. attention and FFN in parallel
     HEAD = "head"
+    TOWER = "tower"  # makes rows of features of an image or a sound; beside the chain
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,25 @@ class Edge:
         source, target: block indices, `target == source + 1`.
         tensor: `node:port`.
         bytes_per_token: size of the tensor for one token at f32.
+        carried: what else is computed before the boundary and used behind it, as `node:port`: embeddings of each layer,
+            keys and values that layers share, a second stream, a conditioning.
+        carried_bytes_per_token: size of the carried tensors for one new token at f32.
+        carried_bytes_per_past: their bytes for every token of the past, in each call: keys and values that later layers
+            share. The cost model leaves them out.
     """
 
     source: int
     target: int
     tensor: str
     bytes_per_token: int
+    carried: tuple[str, ...] = ()
+    carried_bytes_per_token: int = 0
+    carried_bytes_per_past: int = 0
+
+    @property
+    def crossing_bytes_per_token(self) -> int:
+        """Bytes at f32 that pass the boundary with every new token, whatever the past holds."""
+        return self.bytes_per_token + self.carried_bytes_per_token
 
 
 @dataclass(frozen=True)
@@ -101,17 +116,40 @@ class BlockGraph:
         blocks: in order of execution; at least one.
         edges: `len(blocks) - 1` boundaries.
         reason: why the model stays in one piece; None where it could be cut.
+        towers: of images and sound, beside the chain; `name` is the folder.
     """
 
     blocks: tuple[Block, ...]
     edges: tuple[Edge, ...]
     reason: str | None = None
+    towers: tuple[Block, ...] = ()
 
     @cached_property
     def signature(self) -> str:
         """What models have in common that take equally long: a hash of their blocks' signatures."""
-        chain = [[b.signature for b in self.blocks], [e.bytes_per_token for e in self.edges]]
+        chain = [[b.signature for b in self.blocks], [e.crossing_bytes_per_token for e in self.edges]]
         return f"model-{hashlib.sha256(json.dumps(chain).encode()).hexdigest()[:12]}"
+
+    @property
+    def has_embedding(self) -> bool:
+        """Whether the lookup of embeddings is a block of its own."""
+        return len(self.blocks) > 1 and self.blocks[0].kind is BlockKind.EMBED
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether some block keeps anything between tokens."""
+        return any(block.states for block in self.blocks)
+
+    def select(self, selector: str) -> list[int]:
+        """The blocks of a kind, of a name, at an index or in a range of indices, or all for `*`; none if none fits."""
+        if selector == "*":
+            return [b.index for b in self.blocks]
+        if selector in {str(kind) for kind in BlockKind}:
+            return [b.index for b in self.blocks if b.kind == selector]
+        if match := re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", selector):
+            first, last = int(match[1]), int(match[2] or match[1])
+            return list(range(first, last + 1)) if last < len(self.blocks) else []
+        return [b.index for b in self.blocks if b.name == selector]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -135,4 +173,7 @@ class BlockGraph:
         numbered = [b.index for b in blocks] == list(range(len(blocks))) and len(graph.edges) == len(blocks) - 1
         if not chained or not numbered:
             raise BundleError(f"block graph: {len(blocks)} blocks and {len(graph.edges)} edges do not form a chain")
+        for tower in graph.towers:
+            if tower.kind is not BlockKind.TOWER or tower.states or tower.input is not None:
+                raise BundleError(f"block graph: {tower.name} is no tower: of kind {tower.kind}, with input or states")
         return graph

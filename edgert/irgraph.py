@@ -93,9 +93,9 @@ class IrGraph:
                 reached.add(node.name)
         return reached
 
-    def leading_to(self, target: str) -> set[str]:
-        """`target` and every operation whose values flow into it."""
-        found, stack = {target}, [target]
+    def leading_to(self, *targets: str) -> set[str]:
+        """`targets` and every operation whose values flow into one of them."""
+        found, stack = set(targets), [*targets]
         while stack:
             for source in self[stack.pop()].data_inputs:
                 if source not in found:
@@ -119,14 +119,21 @@ class IrGraph:
 
     def product(self, node: Node) -> Product | None:
         """The matrix product of activations with a weight that `node` is; None for any other operation."""
-        if node.type not in {"MatMul", "Convolution"}:
+        if node.type not in {"MatMul", "Convolution", "GroupConvolution", "GroupedMatMul"}:
             return None
         for port in (1, 0):
             weight = self.weight_behind(node, port)
             if weight is not None and _elements(weight.op.output(0).get_partial_shape()) > 1:
                 shape = node.op.get_input_partial_shape(port)
-                return Product(node, weight, stacked=shape.rank.is_dynamic or len(shape) > 2)
+                matrices = node.type.endswith("MatMul") and (shape.rank.is_dynamic or len(shape) > 2)
+                return Product(node, weight, stacked=matrices)
         return None
+
+    def constants_within(self, node: Node) -> list[ov.Node]:
+        """The constants in the body of a loop; none for other operations."""
+        if node.type not in {"Loop", "TensorIterator"}:
+            return []
+        return [op for op in node.op.get_function().get_ordered_ops() if op.get_type_name() == "Constant"]
 
     def tensor(self, name: str) -> ov.Output:
         """The output `node:port`; raises `BundleError` where the model has none of that name."""
@@ -136,6 +143,15 @@ class IrGraph:
     def variable_id(self, node: Node) -> str:
         """The id of the state that a ReadValue or Assign belongs to."""
         return str(node.op.get_attributes()["variable_id"])
+
+    def is_cache(self, node: Node) -> bool:
+        """Whether a tensor is a cache with its new rows, so that it grows with the past."""
+        return node.name in self._cache_concats
+
+    @cached_property
+    def _cache_concats(self) -> frozenset[str]:
+        found = (self.cache_concat(assign) for assign in self.of_type("Assign"))
+        return frozenset(concat.name for concat in found if concat is not None)
 
     def cache_concat(self, assign: Node) -> Node | None:
         """Where new rows join the cache `[batch, heads, tokens, head_dim]` that an Assign stores: past first, then new.

@@ -202,7 +202,7 @@ def worst(provenances: Any) -> Provenance:
 def crossing_bytes(costs: Costs, first: int, last: int) -> int:
     """What crosses the boundaries of a submodel with every token, at f32."""
     edges = costs.graph.edges
-    return sum(edge.bytes_per_token for edge in (*edges[max(first - 1, 0) : first], *edges[last : last + 1]))
+    return sum(edge.crossing_bytes_per_token for edge in (*edges[max(first - 1, 0) : first], *edges[last : last + 1]))
 
 
 def _beside_us(costs: Costs, p: Placement, tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:

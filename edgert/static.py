@@ -16,34 +16,41 @@ from collections.abc import Mapping, Sequence
 import openvino as ov
 import openvino.opset13 as ops
 
-from edgert.cutting import PRELUDE
 from edgert.errors import PlanError
 from edgert.graph import BOUNDARY
 from edgert.irgraph import IrGraph, Node
 from edgert.lowering import halve
-from edgert.shapes import KEEP, NEW, PAST, QUERY, TOTAL, Axes, StaticShape
+from edgert.shapes import CARRIED, KEEP, NEW, PAST, PRELUDE, QUERY, TOTAL, Axes, StaticShape
 
 LOGITS = "logits"
 
 
-def prelude_axes(first: ov.Model) -> dict[str, Axes]:
-    """What the dimensions of the masks and tables are that the first submodel gives to the others.
+def shared_axes(submodels: Sequence[ov.Model]) -> dict[str, Axes]:
+    """What the dimensions of the tensors are that submodels give to others than the next.
+
+    Args:
+        submodels: of one model, all of them, in order.
 
     Returns:
-        For each output `prelude.N` its dimensions: a number, `query` (rows of new tokens) or `total` (past and new).
+        For each output `prelude.N` or `carried.N` its dimensions: a number, `query` (rows of new tokens) or `total`
+        (past and new).
 
     Raises:
-        PlanError: a dimension is neither.
+        PlanError: a dimension is neither, or a state has no static shape.
     """
     trials = []
     for query, total in ((5, 16), (7, 20)):  # no two of these numbers, nor their differences, are alike
-        trial = first.clone()
-        known = {"input_ids": query, "position_ids": query, "token_type_ids": query, "attention_mask": total}
-        shapes = {port: [1, known[name]] if (name := port.get_any_name()) in known else [1] for port in trial.inputs}
-        trial.reshape(shapes)
-        trials.append({port.get_any_name(): port.get_partial_shape() for port in trial.outputs})
+        shapes: dict[str, ov.PartialShape] = {}
+        for submodel in submodels:
+            if any(_is_shared(port.get_any_name()) for port in submodel.outputs):
+                trial = submodel.clone()
+                _states_to_tensors(trial, total - query)
+                _give_sizes(trial, query, total, shapes)
+                trial.validate_nodes_and_infer_types()
+                shapes |= {port.get_any_name(): port.get_partial_shape() for port in trial.outputs}
+        trials.append(shapes)
     found: dict[str, Axes] = {}
-    for name in (name for name in trials[0] if name.startswith(PRELUDE)):
+    for name in (name for name in trials[0] if _is_shared(name)):
         axes: list[int | str] = []
         for a, b in zip(trials[0][name], trials[1][name], strict=True):
             sizes = (a.get_max_length(), b.get_max_length()) if a.is_static and b.is_static else None
@@ -55,18 +62,72 @@ def prelude_axes(first: ov.Model) -> dict[str, Axes]:
     return found
 
 
+def _is_shared(name: str) -> bool:
+    return name.startswith((PRELUDE, CARRIED))
+
+
+def _give_sizes(model: ov.Model, query: int, total: int, shapes: Mapping[str, ov.PartialShape]) -> None:
+    """Set the shapes of a submodel's inputs: those in `shapes`, and for the model's own what the tokens are."""
+    for parameter in model.get_parameters():
+        name, shape = parameter.output(0).get_any_name(), parameter.get_partial_shape()
+        if name in shapes:
+            parameter.set_partial_shape(shapes[name])
+        elif name in _own_inputs(query, total):
+            parameter.set_partial_shape(ov.PartialShape(_sized(_own_inputs(query, total)[name], shape)))
+        elif name == BOUNDARY:
+            parameter.set_partial_shape(ov.PartialShape(_sized([1, query], shape)))
+
+
+def _own_inputs(query: int, total: int) -> dict[str, list[int]]:
+    """The first dimensions of a decoder's own inputs; what follows them is static in the model."""
+    rows = [1, query]
+    return {
+        "input_ids": rows, "position_ids": rows, "token_type_ids": rows, "image_ids": rows, "features": rows,
+        "feature_mask": rows, "attention_mask": [1, total], "beam_idx": [1], KEEP: [1],
+    }  # fmt: skip
+
+
+def _sized(sizes: list[int], shape: ov.PartialShape) -> list[int]:
+    """`sizes` and the static dimensions that stand before them (three rows of positions) or behind them (a width)."""
+    extra = len(shape) - len(sizes)
+    if extra == 0:
+        return sizes
+    if shape[-1].is_static:
+        return [*sizes, *(d.get_length() for d in list(shape)[-extra:])]
+    return [*(d.get_length() for d in list(shape)[:extra]), *sizes]
+
+
 def caches(submodel: ov.Model) -> dict[str, tuple[int, int]]:
-    """Heads and head size of each cache of a submodel, by state id.
+    """Heads and head size of each cache of a submodel that grows by one row a token, by state id.
 
     Raises:
-        PlanError: a state is no cache that grows by one row a token.
+        PlanError: a state is neither such a cache nor of a fixed size.
     """
     graph = IrGraph(submodel)
     found = {}
     for assign in graph.of_type("Assign"):
-        shape = _concat(graph, assign).op.get_output_partial_shape(0)
-        found[graph.variable_id(assign)] = (shape[1].get_length(), shape[3].get_length())
+        if _fixed_shape(graph, assign) is None:
+            shape = _concat(graph, assign).op.get_output_partial_shape(0)
+            found[graph.variable_id(assign)] = (shape[1].get_length(), shape[3].get_length())
     return found
+
+
+def fixed_states(submodel: ov.Model) -> dict[str, tuple[int, ...]]:
+    """The shapes of the states of a submodel that do not grow, for one sequence, by state id."""
+    graph = IrGraph(submodel)
+    shapes = {graph.variable_id(assign): _fixed_shape(graph, assign) for assign in graph.of_type("Assign")}
+    return {state: shape for state, shape in shapes.items() if shape is not None}
+
+
+def _fixed_shape(graph: IrGraph, assign: Node) -> tuple[int, ...] | None:
+    read = _read_value(graph, assign)
+    shape = list(read.op.get_output_partial_shape(0))
+    return (1, *(d.get_length() for d in shape[1:])) if all(d.is_static for d in shape[1:]) else None
+
+
+def _read_value(graph: IrGraph, assign: Node) -> Node:
+    state = graph.variable_id(assign)
+    return next(node for node in graph.of_type("ReadValue") if graph.variable_id(node) == state)
 
 
 def lower(submodel: ov.Model, shape: StaticShape, axes: Mapping[str, Axes], *, half: bool) -> ov.Model:
@@ -74,21 +135,23 @@ def lower(submodel: ov.Model, shape: StaticShape, axes: Mapping[str, Axes], *, h
 
     Args:
         submodel: one of `edgert.cutting.cut` that was cut for static shapes.
-        axes: of the prelude; see `prelude_axes`.
-        half: whether all real inputs and outputs, keys and values included, are f16; logits stay f32.
+        axes: of the tensors that it shares with others; see `shared_axes`.
+        half: whether all real inputs and outputs, keys and values included, are f16; logits and carried tensors stay
+            f32.
 
     Returns:
-        A model with inputs `hidden` `[1, query, width]`, those preludes that it needs, and for each state
-        `past.STATE` `[1, heads, past, head_dim]`; and with outputs `new.hidden`, or `logits` for the head, and for each
-        state `new.STATE` `[1, heads, query, head_dim]`.
+        A model with inputs `hidden` `[1, query, width]`, the shared tensors that it needs, and for each state
+        `past.STATE`; and with outputs `new.hidden`, or `logits` for the head, those `carried.N` that others need, and
+        for each state `new.STATE`. Of a cache the two are `[1, heads, past, head_dim]` and `[1, heads, query,
+        head_dim]`. A state that does not grow has its own shape in both, and padding would change it: such a model is
+        to be called with as many tokens as it has rows.
 
     Raises:
         PlanError: a state is no cache, or a dimension depends on data.
     """
     model = submodel.clone()
     new_rows = _states_to_tensors(model, shape.past)
-    known = {"input_ids": [1, shape.query], "attention_mask": [1, shape.past + shape.query], "beam_idx": [1]}
-    known |= {"position_ids": [1, shape.query], "token_type_ids": [1, shape.query], KEEP: [1]}
+    known = _own_inputs(shape.query, shape.past + shape.query)
     sizes = {QUERY: shape.query, TOTAL: shape.query + shape.past}
     for parameter in model.get_parameters():
         name = parameter.output(0).get_any_name()
@@ -99,7 +162,7 @@ def lower(submodel: ov.Model, shape: StaticShape, axes: Mapping[str, Axes], *, h
             sizes_of = [sizes[axis] if isinstance(axis, str) else axis for axis in axes[name]]
             parameter.set_partial_shape(ov.PartialShape(sizes_of))
         elif name in known:
-            _fix(parameter, known[name])
+            _fix(parameter, _sized(known[name], parameter.get_partial_shape()))
     # OpenVINO gives one of two tensors of a name another name when it reads them from a file.
     names = [f"{NEW}{n}" if n == BOUNDARY else n for n in (port.get_any_name() for port in model.outputs)]
     names += new_rows
@@ -112,7 +175,7 @@ def lower(submodel: ov.Model, shape: StaticShape, axes: Mapping[str, Axes], *, h
     for port, name in zip(model.outputs, names, strict=True):
         port.set_names({name})
     if half:
-        halve(model, lambda name: name != LOGITS)
+        halve(model, lambda name: name != LOGITS and not name.startswith(CARRIED))
     dynamic = next((op for op in model.get_ordered_ops() for out in op.outputs() if out.partial_shape.is_dynamic), None)
     if dynamic is not None:
         raise PlanError(
@@ -138,7 +201,7 @@ def _fix(parameter: ov.Node, shape: Sequence[int]) -> None:
 
 
 def _states_to_tensors(model: ov.Model, slots: int) -> dict[str, ov.Output]:
-    """Make the caches inputs; gives the tensors of their new rows by name.
+    """Make the states inputs; gives the tensors of caches' new rows, and what the others become, by name.
 
     What reorders the past for beam search is dropped, as there is one beam.
     """
@@ -147,20 +210,35 @@ def _states_to_tensors(model: ov.Model, slots: int) -> dict[str, ov.Output]:
     assigns = graph.of_type("Assign")
     for assign in assigns:
         state = graph.variable_id(assign)
+        fixed = _fixed_shape(graph, assign)
+        if fixed is not None:
+            read = _read_value(graph, assign).op
+            users = [port.get_node() for port in read.output(0).get_target_inputs()]
+            reordered = len(users) == 1 and users[0].get_type_name() == "Gather"
+            past = users[0].output(0) if reordered else read.output(0)
+            kind = read.get_output_element_type(0)
+            _stand_in(model, past, f"{PAST}{state}", fixed, kind)
+            found[f"{NEW}{state}"] = assign.op.input_value(0)
+            continue
         concat = _concat(graph, assign).op
         past, shape = concat.input_value(0), concat.get_output_partial_shape(0)
-        name = f"{PAST}{state}"
-        parameter = ops.parameter([1, shape[1].get_length(), slots, shape[3].get_length()], ov.Type.f32, name)
-        parameter.output(0).set_names({name})
-        for consumer in list(past.get_target_inputs()):
-            consumer.replace_source_output(parameter.output(0))
-        model.add_parameters([parameter])
+        sizes = (1, shape[1].get_length(), slots, shape[3].get_length())
+        _stand_in(model, past, f"{PAST}{state}", sizes, ov.Type.f32)
         found[f"{NEW}{state}"] = concat.input_value(1)
     for assign in assigns:
         model.remove_sink(assign.op)
     for variable in list(model.get_variables()):
         model.remove_variable(variable)
     return found
+
+
+def _stand_in(model: ov.Model, tensor: ov.Output, name: str, shape: Sequence[int], kind: ov.Type) -> None:
+    """Let a new input of a model take the place of a tensor."""
+    parameter = ops.parameter(list(shape), kind, name)
+    parameter.output(0).set_names({name})
+    for consumer in list(tensor.get_target_inputs()):
+        consumer.replace_source_output(parameter.output(0))
+    model.add_parameters([parameter])
 
 
 def _make_masks_additive(model: ov.Model) -> None:

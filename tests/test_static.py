@@ -154,7 +154,7 @@ def test_what_the_npu_compiler_sees(demo: Model, half: bool) -> None:
     model = ov.Core().read_model(demo.bundle.model_path)
     last = len(graph.blocks) - 1
     first, body, _ = cut(model, graph, [(0, 0), (1, last - 1), (last, last)], static=[1, 2])
-    lowered = static.lower(body, StaticShape(64, 128), static.prelude_axes(first), half=half)
+    lowered = static.lower(body, StaticShape(64, 128), static.shared_axes([first]), half=half)
     assert not lowered.is_dynamic()
     assert not lowered.get_sinks()
     kinds = {port.get_element_type().get_type_name() for port in [*lowered.inputs, *lowered.outputs]}
@@ -189,17 +189,23 @@ def test_f16_boundaries_of_a_device_that_computes_in_f16(demo: Model, book: list
     assert relative_error(values["logits"][0], demo.score(book[:9])) <= 1e-3
 
 
-def test_a_recurrent_state_is_no_cache() -> None:
+@pytest.mark.parametrize("size", [4, -1])
+def test_states_that_are_no_cache(size: int) -> None:
+    """One of a fixed size is taken as it is; one that grows along another axis has no static shape."""
     import openvino.opset13 as ops
     from openvino.op.util import Variable, VariableInfo
 
     info = VariableInfo()
-    info.data_shape, info.data_type, info.variable_id = ov.PartialShape([1, 4]), ov.Type.f32, "conv"
+    info.data_shape, info.data_type, info.variable_id = ov.PartialShape([1, size]), ov.Type.f32, "conv"
     variable = Variable(info)
-    data = ops.parameter([1, 4], ov.Type.f32)
+    data = ops.parameter([1, size], ov.Type.f32)
     read = ops.read_value(ops.constant(np.zeros((1, 4), np.float32)), variable)
     assign = ops.assign(ops.add(read, data), variable)
     model = ov.Model([ops.result(read)], [assign], [data], "recurrent")
+    if size == 4:
+        assert static.caches(model) == {}
+        assert static.fixed_states(model) == {"conv": (1, 4)}
+        return
     with pytest.raises(PlanError, match=r"state 'conv' is no cache"):
         static.caches(model)
 

@@ -88,7 +88,7 @@ def check(
         return found
     index = IrGraph(model)
     try:
-        stream = ResidualStream(index)
+        stream = ResidualStream.of(index, graph)
         owners = _owners(stream, graph)
     except Uncuttable as error:
         raise PlanError(f"recipe: the block graph does not belong to this model: {error}") from error
@@ -108,13 +108,9 @@ def _owners(stream: ResidualStream, graph: BlockGraph) -> list[list[Node]]:
 
     What else depends on the model's inputs, masks and RoPE tables, is computed by the first submodel.
     """
-    ends = [stream.segment_of_boundary(block.output) for block in graph.blocks[:-1]] + [stream.last]
-    block_of_segment: list[int] = []
-    for number, end in enumerate(ends):
-        block_of_segment += [number] * (end + 1 - len(block_of_segment))
     nobody: frozenset[int] = frozenset()
     alone = [frozenset({number}) for number in range(len(graph.blocks))]
-    users = {name: alone[block_of_segment[s]] for name, s in stream.segment.items()}
+    users = {name: alone[s] for name, s in stream.segment.items()}
     found: list[list[Node]] = [[] for _ in graph.blocks]
     constant_only = stream.graph.constant_only
     for node in reversed(stream.graph.nodes.values()):
@@ -178,9 +174,25 @@ def _group_size(weight: Node, scale: Node) -> int:
     dims, scales = (list(n.op.get_output_shape(0)) for n in (weight, scale))
     if len(scales) != len(dims):  # one scale for all
         return -1
-    # `[rows, groups, size]` with scales `[rows, groups, 1]`; without groups each row has one scale.
-    grouped = sum(d > 1 for d in scales) > 1 and scales[-1] == 1 and len(dims) > 2
+    # `[rows, groups, size]` with scales `[rows, groups, 1]`; without groups each row has one scale. Experts are a
+    # dimension before these, so that `[experts, rows, size]` looks like groups but for what joins them: a Reshape.
+    grouped = sum(d > 1 for d in scales) > 1 and scales[-1] == 1 and len(dims) > 2 and _joined(weight)
     return int(dims[-1]) if grouped else -1
+
+
+def _joined(weight: Node) -> bool:
+    """Whether a Reshape takes a dimension from a weight when it has been decompressed."""
+    op = weight.op
+    while True:
+        users = [port.get_node() for port in op.output(0).get_target_inputs()]
+        user = next(
+            (one for one in users if one.get_type_name() in {"Convert", "Subtract", "Multiply", "Reshape"}), None
+        )
+        if user is None:
+            return False
+        if user.get_type_name() == "Reshape":
+            return len(user.get_output_partial_shape(0)) < len(op.get_output_partial_shape(0))
+        op = user
 
 
 def _operations(stream: ResidualStream, nodes: list[Node]) -> Iterator[_Problem]:

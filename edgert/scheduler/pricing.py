@@ -237,7 +237,7 @@ class Prices:
     def _cuts(self) -> tuple[Floats, Floats]:
         """What cuts take on both sides, each `[blocks - 1, columns, 2, n]`."""
         load, n = self.load, len(self.configs)
-        sizes = np.array([edge.bytes_per_token for edge in self.costs.graph.edges], np.float64)
+        sizes = np.array([edge.crossing_bytes_per_token for edge in self.costs.graph.edges], np.float64)
         moving_us = np.array([handover_us(model, 1.0) for model in self._models])
         launch_us = np.array([model.launch_us for model in self._models])
         leaving = np.zeros((len(sizes), len(self.columns), 2, n))
