@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,22 +20,49 @@ import transformers
 from edgert.converters import quality
 from edgert.converters.canonical import canonical_decoder, canonical_encoder
 from edgert.converters.huggingface import export_decoder, export_encoder
-from edgert.converters.sources import Task
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from edgert.converters.media.compiling import Media, convert_media, perceives
+from edgert.converters.sources import Task, load_tokenizer
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
-from edgert.errors import ConversionError
+from edgert.errors import ConversionError, UsageError
 
 Exporter = Literal["general", "optimum"]
+Rows = list[dict[str, Any]]
 _DECODER_CLASSES = ("ForCausalLM", "LMHeadModel")
 # f32 copies of the weights that are alive at the peak of export and check: transformers', the CPU plugin's, and room.
 _COPIES = 3
+_TEXT = "In 1928 a mould fell on a dish, and it was seen that no bacteria grew around it: that is how penicillin came."
 
 
-def convert(
-    folder: Path, exporter: Exporter, progress: Callable[[str], None]
-) -> tuple[ov.Model, Task, list[dict[str, Any]]]:
-    """Export the model in `folder` to the canonical form and compare it with its source.
+@dataclass(frozen=True)
+class Wanted:
+    """What of a model that sees or hears is wanted beside its language model.
+
+    Attributes:
+        tokenizer: its own.
+        image_size: height and width of the pictures that its tower takes; None for the default.
+    """
+
+    tokenizer: Tokenizer
+    image_size: tuple[int, int] | None = None
+
+
+def convert(folder: Path, exporter: Exporter, progress: Callable[[str], None]) -> tuple[ov.Model, Task, Rows]:
+    """Export the model in `folder` to the canonical form and compare it with its source: what it does with text.
 
     A model whose copies do not fit in the free memory is compared on its first layers, by the same route.
 
@@ -45,8 +73,25 @@ def convert(
         ConversionError: it cannot be loaded or exported.
         ParityError: the export computes something else.
     """
+    return convert_whole(folder, exporter, progress, None)[:3]
+
+
+def convert_whole(
+    folder: Path, exporter: Exporter, progress: Callable[[str], None], wanted: Wanted | None
+) -> tuple[ov.Model, Task, Rows, Media | None]:
+    """As `convert`, and with `wanted` also the towers of a model that sees or hears.
+
+    Raises:
+        UsageError: it does not take pictures of the size that is wanted, or takes none.
+    """
     config, task = load_config(folder)
-    rows = []
+    if wanted is not None and not perceives(config):
+        if wanted.image_size is not None:
+            raise UsageError(f"image_size is {wanted.image_size}, but {folder} is a model of text only")
+        wanted = None
+    if wanted is not None and exporter == "optimum":
+        raise UsageError(f"exporter 'optimum' exports text only: {folder} needs text_only with it")
+    rows: Rows = []
     if _too_large(folder):
         layers = _few_layers(config)
         progress(f"check on a copy cut to {layers} of {config.get_text_config().num_hidden_layers} layers")
@@ -54,19 +99,43 @@ def convert(
             source = load(folder, task, layers)
             if exporter == "optimum":
                 source.save_pretrained(cut)
-            row = _check(_export(source, Path(cut), task, exporter), source, task)
-        row["check"] += f", on a copy cut to its first {layers} layers"
-        rows.append(row)
+            rows = _exported(source, Path(cut), task, exporter, wanted, progress)[1]
+        for row in rows:
+            row["check"] += f", on a copy cut to its first {layers} layers"
         del source
         gc.collect()
         progress("load")
     source = load(folder, task)
+    model, found, media = _exported(source, folder, task, exporter, wanted, progress, check=not rows)
+    return model, task, rows or found, media
+
+
+def _exported(
+    source: PreTrainedModel,
+    folder: Path,
+    task: Task,
+    exporter: Exporter,
+    wanted: Wanted | None,
+    progress: Callable[[str], None],
+    *,
+    check: bool = True,
+) -> tuple[ov.Model, Rows, Media | None]:
+    if wanted is not None:
+        return convert_media(
+            source,
+            folder,
+            wanted.tokenizer,
+            wanted.image_size,
+            progress,
+            lambda model: _check(model, source, task, folder),
+            check,
+        )
     progress("export")
     model = _export(source, folder, task, exporter)
-    if not rows:
-        progress("check")
-        rows.append(_check(model, source, task))
-    return model, task, rows
+    if not check:
+        return model, [], None
+    progress("check")
+    return model, _check(model, source, task, folder), None
 
 
 @contextmanager
@@ -100,13 +169,23 @@ def load_config(folder: Path) -> tuple[PretrainedConfig, Task]:
     name = (config.architectures or ["unknown architecture"])[0]
     if config.is_encoder_decoder:
         raise ConversionError(f"{folder}: {name} is an encoder-decoder, which edgert does not run")
-    if name.endswith(_DECODER_CLASSES):
+    if name.endswith(_DECODER_CLASSES) or _auto(config) is not None:
         return config, "decoder"
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return config, "encoder"
     raise ConversionError(
-        f"{folder}: {name} is neither a causal language model (*ForCausalLM, *LMHeadModel) nor a text encoder"
+        f"{folder}: {name} is neither a causal language model (*ForCausalLM, *LMHeadModel), nor one that sees or "
+        "hears, nor a text encoder"
     )
+
+
+def _auto(config: PretrainedConfig) -> Any:
+    """What loads a model that sees or hears; None for others."""
+    if not perceives(config):
+        return None
+    if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    return AutoModelForMultimodalLM if config.model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES else None
 
 
 def load(folder: Path, task: Task, layers: int | None = None) -> PreTrainedModel:
@@ -124,7 +203,7 @@ def load(folder: Path, task: Task, layers: int | None = None) -> PreTrainedModel
             if isinstance(value, list) and len(value) == text.num_hidden_layers:  # layer_types and its like
                 setattr(text, key, value[:layers])
         text.num_hidden_layers = layers
-    auto = AutoModelForCausalLM if task == "decoder" else AutoModel
+    auto = AutoModel if task == "encoder" else _auto(config) or AutoModelForCausalLM
     try:
         model, info = auto.from_pretrained(
             folder,
@@ -170,14 +249,31 @@ def _export(source: PreTrainedModel, folder: Path, task: Task, exporter: Exporte
     return canonical_decoder(model) if task == "decoder" else canonical_encoder(model)
 
 
-def _check(model: ov.Model, source: PreTrainedModel, task: Task) -> dict[str, Any]:
+def _check(model: ov.Model, source: PreTrainedModel, task: Task, folder: Path) -> Rows:
     vocab_size, against = source.config.get_text_config().vocab_size, quality.transformers_name()
     if task == "encoder":
         pair = quality.openvino_encoder(model), quality.torch_encoder(source)
-        return quality.check_encoder(*pair, vocab_size=vocab_size, against=against)
+        return [quality.check_encoder(*pair, vocab_size=vocab_size, against=against)]
     window = quality.attention_window(source.config.to_dict())
-    pair_ = quality.openvino_decoder(model), quality.torch_decoder(source)
-    return quality.check_decoder(*pair_, vocab_size=vocab_size, window=window, against=against)
+    return [
+        quality.check_decoder(
+            quality.openvino_decoder(model),
+            quality.torch_decoder(source),
+            vocab_size=vocab_size,
+            window=window,
+            against=against,
+            text=text,
+        )
+        for text in (None, *_tokens_of_text(folder, vocab_size))
+    ]
+
+
+def _tokens_of_text(folder: Path, vocab_size: int) -> list[list[int]]:
+    """A text's tokens, once, where there is a tokenizer to make some with."""
+    if not (folder / "tokenizer.json").is_file():
+        return []
+    tokens = [t for t in load_tokenizer(folder).encode(_TEXT, add_special_tokens=False).ids if t < vocab_size]
+    return [tokens] if tokens else []
 
 
 def _too_large(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from edgert.backends.base import Array, Tensor, as_array
 from edgert.device import DeviceConfig
 from edgert.errors import CacheFullError, DeviceFailedError, UsageError
 from edgert.executor import Executor
+from edgert.features import FEATURE_MASK, FEATURES, Media, Taken
 from edgert.inplace import KernelCompiled
 from edgert.kvcache import TOKEN_AXIS
 from edgert.kvlayout import BLOCK_TOKENS, SEQUENCES, blocks_of
@@ -21,7 +22,7 @@ from edgert.shapes import KEEP
 __all__ = ["BatchedLane", "BatchedLanes", "Lane", "Lanes", "SerialLanes", "open_lanes"]
 
 # What a model may take beside its caches to be run for several sequences at once.
-_BATCH_INPUTS = frozenset({"input_ids", "position_ids", KEEP})
+_BATCH_INPUTS = frozenset({"input_ids", "position_ids", KEEP, FEATURES, FEATURE_MASK})
 _MOST_LOGITS = 64  # rows of logits beyond the last one of the longest, which nobody may want and all take memory
 
 
@@ -35,10 +36,12 @@ def open_lanes(executor: Executor, *, kv_bytes: int) -> Lanes:
         UsageError: the budget does not hold a single token.
     """
     (first, *more), *others = executor.chains
-    if not more and not others and executor.max_chunk == executor.context:
+    taken = executor.taken
+    if not more and not others and executor.max_chunk == executor.context and not taken.axes:
         compiled = first.compiled
         if isinstance(compiled, KernelCompiled) and compiled.batched and compiled.inputs <= _BATCH_INPUTS:
-            return BatchedLanes(compiled, first.placement.config, context=executor.context, kv_bytes=kv_bytes)
+            config = first.placement.config
+            return BatchedLanes(compiled, config, context=executor.context, kv_bytes=kv_bytes, taken=taken)
     return SerialLanes(executor, kv_bytes=kv_bytes)
 
 
@@ -48,6 +51,7 @@ class BatchedLane:
     def __init__(self, lanes: BatchedLanes, region: Region) -> None:
         self.region: Region | None = region
         self.tokens: list[int] = []
+        self.media: Media = {}
         self._lanes = lanes
 
     @property
@@ -82,16 +86,27 @@ class BatchedLanes:
     must.
 
     Args:
-        compiled: the whole model, which takes several sequences and nothing but `input_ids`, `position_ids` and
-            `logits_to_keep` beside its caches.
+        compiled: the whole model, which takes several sequences and nothing but `input_ids`, `position_ids`,
+            `logits_to_keep` and `features` with their mask beside its caches.
         config: what it runs on, for messages.
         context: see `Lanes`.
         kv_bytes: the budget.
+        taken: what the model takes beside tokens.
     """
 
     batched = True
+    together = False
 
-    def __init__(self, compiled: KernelCompiled, config: DeviceConfig, *, context: int, kv_bytes: int) -> None:
+    def __init__(
+        self,
+        compiled: KernelCompiled,
+        config: DeviceConfig,
+        *,
+        context: int,
+        kv_bytes: int,
+        taken: Taken | None = None,
+    ) -> None:
+        self._taken = taken or Taken()
         self.context = self.max_chunk = context
         self.infer_us = 0.0
         self.block_bytes = compiled.block_bytes
@@ -107,20 +122,20 @@ class BatchedLanes:
 
     def step(self, work: Sequence[tuple[Lane, Sequence[int]]]) -> list[Array]:
         wants: dict[Region, int] = {}
-        parts: list[tuple[Region, list[int], Sequence[int]]] = []
+        parts: list[_Part] = []
         for lane, tokens in check_work(self, work):
             region = self._region(lane)
             blocks = blocks_of(len(lane.tokens) + len(tokens))
             if blocks > region.used:
                 wants[region] = blocks
             assert isinstance(lane, BatchedLane)
-            parts.append((region, lane.tokens, tokens))
+            parts.append((region, lane.tokens, tokens, lane.media))
         if wants:
             self._reserve(wants)
         self.infer_us = 0.0
         if not parts:
             return []
-        if len(parts) == sum(len(tokens) for _, _, tokens in parts):  # the common case, and the one to be quick in
+        if len(parts) == sum(len(tokens) for _, _, tokens, _ in parts):  # the common case, and the one to be quick in
             return list(self._run(parts))
         # The longest first: its earlier rows are those whose logits can be left out, and its attention takes longest.
         order = sorted(range(len(parts)), key=lambda i: -len(parts[i][2]))
@@ -186,21 +201,24 @@ class BatchedLanes:
         for move in self._regions.reserve(wants):
             self._pool.move(move.source, move.target, move.count)
 
-    def _run(self, work: Sequence[tuple[Region, list[int], Sequence[int]]]) -> Array:
+    def _run(self, work: Sequence[_Part]) -> Array:
         """Append tokens to those of regions: logits `[lanes, vocab]`. The longest comes first."""
         start = time.perf_counter_ns()
-        longest, count = len(work[0][2]), sum(len(tokens) for _, _, tokens in work)
+        longest, count = len(work[0][2]), sum(len(tokens) for _, _, tokens, _ in work)
         arrays, inputs = self._inputs(count, len(work))
         ids, positions, sequences = arrays["input_ids"][0], arrays["position_ids"][0], arrays[SEQUENCES]
         arrays[KEEP][0] = count - longest + 1
         at, lasts = 0, []
-        for number, (region, before, tokens) in enumerate(work):
+        for number, (region, before, tokens, media) in enumerate(work):
             length, past = len(tokens), len(before)
             end = at + length
-            if length == 1:
+            if length == 1 and tokens[0] >= 0:
                 ids[at], positions[at] = tokens[0], past
             else:
-                ids[at:end], positions[at:end] = tokens, np.arange(past, past + length)
+                if self._taken.width:
+                    self._last = None  # the next call begins with no features, even where these cannot be had
+                self._taken.fill(arrays, tokens, media, at)
+                positions[at:end] = np.arange(past, past + length)
             sequences[number, 0], sequences[number, 1], sequences[number, 2] = length, past, region.first
             lasts.append(end - longest)
             at = end
@@ -209,7 +227,7 @@ class BatchedLanes:
         except DeviceFailedError as error:
             error.unit = self._config.unit
             raise
-        for _, before, tokens in work:
+        for _, before, tokens, _ in work:
             before += tokens
         logits: Array = as_array(next(iter(outputs.values())))[0]
         self.infer_us += (time.perf_counter_ns() - start) / 1000
@@ -224,9 +242,14 @@ class BatchedLanes:
                 "position_ids": np.zeros((1, rows), np.int64),
                 KEEP: np.zeros(1, np.int64),
                 SEQUENCES: np.zeros((lanes, 3), np.int64),
+                **self._taken.zeros(rows),
             }
             self._last = (rows, lanes), arrays, {**arrays}
         return self._last[1], self._last[2]
+
+
+_Part = tuple[Region, list[int], Sequence[int], Media]
+"""Where a lane's blocks are, its tokens, those that are appended, and what is behind them."""
 
 
 def _fitting(lengths: Sequence[int]) -> int:

@@ -16,17 +16,24 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgert.errors import BundleError, BundleVersionError, UsageError
 from edgert.fields import build, check_rows
 from edgert.graph import BlockGraph
 
+if TYPE_CHECKING:
+    from edgert.media.spec import MediaSpec
+
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 GRAPH = "graph.json"
 TOKENIZER = "tokenizer"
+MEDIA = "media.json"
+TOWERS = "towers"
+DENOISER = "denoiser.json"
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 MAX_NAME = 255
 PRECISION_COLUMNS = {"role": str, "precision": str, "tensors": int, "elements": int, "bytes": int}
@@ -43,22 +50,22 @@ class ModelFacts:
 
     Attributes:
         name: a name for people; never a path.
-        task: `decoder` (text generation) or `encoder` (embeddings).
+        task: `decoder` (text generation), `encoder` (embeddings) or `denoiser` (a diffusion transformer).
         format: `openvino` (model.xml, model.bin) or `onnx` (model.onnx).
         architecture: the source's model type, e.g. `qwen3`.
-        vocab_size: rows of the embedding table.
+        vocab_size: rows of the embedding table; 0 for a denoiser.
         hidden_size: width of the residual stream.
-        context_length: the largest number of tokens, prompt and answer together.
-        num_layers: decoder or encoder layers.
+        context_length: the largest number of tokens, prompt and answer together; 0 for a denoiser.
+        num_layers: layers of the model.
         eos_token_ids: tokens that end a generation.
         bos_token_id: token that some tokenizers put first; None where there is none.
         weights: what was asked for, `fp16`, `int8` or `int4`, or `source` where the source was kept as it was.
         parameters: number of weights.
-        pooling: for an encoder, how token vectors become one: `mean` or `cls`; None for a decoder.
+        pooling: for an encoder, how token vectors become one: `mean` or `cls`; None for any other task.
     """
 
     name: str
-    task: Literal["decoder", "encoder"]
+    task: Literal["decoder", "encoder", "denoiser"]
     format: Literal["openvino", "onnx"]
     architecture: str
     vocab_size: int
@@ -119,7 +126,7 @@ class Bundle:
             raise BundleError(f"bundle {root}: {error.strerror}") from error
         if not found:
             raise BundleError(f"bundle {root}: no such folder")
-        manifest = _read_json(root, MANIFEST)
+        manifest = read_json(root, MANIFEST)
         version = manifest.get("format_version")
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise BundleError(f"bundle {root}: format_version is {version!r}, expected an integer from 1")
@@ -142,10 +149,14 @@ class Bundle:
         except ValueError as error:
             raise BundleError(f"bundle {root}: manifest: {error}") from error
         main = "model.xml" if facts.format == "openvino" else "model.onnx"
-        for needed in (main, *(["model.bin"] if facts.format == "openvino" else [])):
+        for needed in (
+            main,
+            *(["model.bin"] if facts.format == "openvino" else []),
+            *([DENOISER] if facts.task == "denoiser" else []),
+        ):
             if needed not in files:
                 raise BundleError(f"bundle {root}: the manifest lists no {needed}")
-        graph = BlockGraph.from_json(_read_json(root, GRAPH)) if GRAPH in files else None
+        graph = BlockGraph.from_json(read_json(root, GRAPH)) if GRAPH in files else None
         bundle = cls(root, facts, report, graph, files)
         if verify:
             bundle.verify()
@@ -158,8 +169,39 @@ class Bundle:
     @property
     def fingerprint(self) -> str:
         """What tells this model, down to its weights, from any other: 16 hexadecimal digits."""
-        hashes = [entry["sha256"] for name, entry in sorted(self.files.items()) if name.startswith("model.")]
+        own = ("model.", MEDIA, f"{TOWERS}/")  # an image's keys and values are those of its tower, too
+        hashes = [entry["sha256"] for name, entry in sorted(self.files.items()) if name.startswith(own)]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+
+    def require_text(self) -> None:
+        """Raise `UsageError` where the model neither takes nor makes text: a denoiser."""
+        if self.facts.task == "denoiser":
+            raise UsageError(f"bundle {self.path}: a denoiser makes no text; edgert.load_denoiser opens it")
+
+    @cached_property
+    def media(self) -> MediaSpec | None:
+        """What it takes beside text; None where that is all.
+
+        Raises:
+            BundleError: media.json is damaged, or names a tower or a token that is not there.
+        """
+        if MEDIA not in self.files:
+            return None
+        from edgert.media.spec import read  # which a model of text need not wait for
+
+        spec = read(self.path / MEDIA)
+        for part in (spec.image, spec.audio):
+            for name in (f"{TOWERS}/{part.tower}/model.{ending}" for ending in ("xml", "bin")) if part else ():
+                if name not in self.files:
+                    raise BundleError(f"bundle {self.path}: the manifest lists no {name}, which {MEDIA} needs")
+            size = self.facts.vocab_size  # the placeholder may lie behind it: it is never run
+            if part is not None and (wrong := next((token for token in part.own if token >= size), None)) is not None:
+                raise BundleError(f"bundle {self.path}: {MEDIA}: token {wrong} is outside the vocabulary of {size}")
+        return spec
+
+    def tower_path(self, name: str) -> Path:
+        """The model of a tower that `media` names."""
+        return self.path / TOWERS / name / "model.xml"
 
     @property
     def tokenizer_path(self) -> Path:
@@ -267,10 +309,12 @@ def sha256(path: Path) -> str:
 def _facts(data: Any) -> ModelFacts:
     facts = build(ModelFacts, data, "model")
     for name in ("vocab_size", "hidden_size", "context_length"):
-        value = getattr(facts, name)
-        if not 0 < value < 2**31:
+        value, tokens = getattr(facts, name), facts.task != "denoiser" or name == "hidden_size"
+        if not tokens and value:
+            raise ValueError(f"model: {name} is {value}, expected 0 for a denoiser, which knows no tokens")
+        if tokens and not 0 < value < 2**31:
             raise ValueError(f"model: {name} is {value}, expected 1 to 2^31 - 1")
-    if (facts.pooling is None) != (facts.task == "decoder"):
+    if (facts.pooling is None) != (facts.task != "encoder"):
         raise ValueError(f"model: pooling is {facts.pooling!r} for task {facts.task!r}")
     return facts
 
@@ -283,7 +327,8 @@ def _check_quality(quality: dict[str, Any] | None) -> None:
                 raise ValueError(f"report.quality: {name} is {quality[name]}, expected a finite number")
 
 
-def _read_json(root: Path, name: str) -> dict[str, Any]:
+def read_json(root: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file of a bundle; raises `BundleError` where it is missing, too large or holds none."""
     path = root / name
     if path.is_symlink() or not path.is_file():
         raise BundleError(f"bundle {root}: {name} is missing or no plain file")

@@ -14,7 +14,8 @@ from edgert.bundle import Bundle
 from edgert.device import DeviceConfig, DeviceKind
 from edgert.errors import DeviceError, PlanError, UsageError
 from edgert.graph import BlockGraph
-from edgert.placement import HOST, Placement, Plan, own_blocks
+from edgert.placement import HOST, Placement, Plan, own_blocks, tower_config
+from edgert.profile import Profile
 from edgert.shapes import StaticShapes
 
 if TYPE_CHECKING:
@@ -92,10 +93,14 @@ def library(bundle: Bundle, *, forbidden: Collection[str] = ()) -> tuple[Choice,
         costs = Costs(bundle.graph, profile, StaticShapes().within(context))
         names = (*_lacking(profile.configs), *forbidden)
         limits = Constraints(max_memory_bytes=profile.memory_bytes, forbidden=names)
+        objective: Objective = "tokens_per_joule"
         try:
-            return schedule(costs, "tokens_per_joule", limits, Workload.fitting(context)).library
+            found = schedule(costs, objective, limits, Workload.fitting(context)).library
         except PlanError:  # without watts
-            return schedule(costs, "latency", limits, Workload.fitting(context)).library
+            objective = "latency"
+            found = schedule(costs, objective, limits, Workload.fitting(context)).library
+        towers = _towers(bundle.graph, profile, objective, names)
+        return tuple(replace(each, plan=replace(each.plan, towers=towers)) for each in found)
     except (DeviceError, PlanError, UsageError) as error:
         log.info("no plans to switch between: %s", error)
         return ()
@@ -125,6 +130,25 @@ def _lacking(configs: Iterable[DeviceConfig]) -> dict[str, str]:
     return {str(config): reasons[config.variant] for config in wanted if config.variant in reasons}
 
 
+def _towers(
+    graph: BlockGraph, profile: Profile, objective: Objective, forbidden: Collection[str]
+) -> dict[str, DeviceConfig]:
+    """Where towers take least time, or least energy, by what was measured; those that were not are left out."""
+    found = {}
+    for tower in graph.towers:
+        rows = [
+            (DeviceConfig.parse(m.config), m.latency_us, m.energy_uj)
+            for m in profile.measurements if m.block == tower.signature
+        ]  # fmt: skip
+        rows = [row for row in rows if not {str(row[0]), row[0].unit, row[0].device} & set(forbidden)]
+        energies = [energy for *_, energy in rows if energy is not None]
+        by_energy = objective == "tokens_per_joule" and len(energies) == len(rows)
+        if rows:
+            best = min(rows, key=lambda row: (row[2] or 0.0) if by_energy else row[1])
+            found[tower.name] = tower_config(best[0])
+    return found
+
+
 def _scheduled(bundle: Bundle, graph: BlockGraph, objective: Objective, shapes: StaticShapes | None) -> Plan:
     from edgert.conditions import find_cached
     from edgert.cost import Costs, Workload
@@ -137,6 +161,7 @@ def _scheduled(bundle: Bundle, graph: BlockGraph, objective: Objective, shapes: 
     lacking = _lacking(profile.configs)
     limits = Constraints(max_memory_bytes=profile.memory_bytes, forbidden=tuple(lacking))
     plan = schedule(costs, objective, limits, Workload.fitting(context)).plan
+    plan = replace(plan, towers=_towers(graph, profile, objective, lacking))
     without = tuple(f"{name} is not used: {reason}" for name, reason in lacking.items())
     plan = replace(plan, warnings=(*plan.warnings, *without))
     unknown = [str(c) for c in plan.configs if not profile.covers(own_blocks(graph, c), c) and c != HOST]

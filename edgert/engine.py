@@ -21,6 +21,7 @@ from edgert.errors import (
     UsageError,
 )
 from edgert.executor import DEVICE_TIMEOUT_S, Executor, SequenceRun
+from edgert.features import Media
 from edgert.kvcache import KvCache, trim
 from edgert.placement import Plan
 from edgert.results import Clock, Event
@@ -95,11 +96,19 @@ class Engine:
         plan = plan.replaced(unit, self._fallback, reason)
         return plan.with_host(self._bundle.graph) if self._bundle.graph else plan
 
-    def take(self, tokens: Sequence[int]) -> SequenceRun:
+    def take(self, tokens: Sequence[int], media: Media | None = None) -> SequenceRun:
         """The idle sequence with the longest common beginning, cut back to it; a fresh one where there is none.
 
         It is cut back by at least one token of the prompt, as only a token that runs gives logits.
+
+        Args:
+            media: what is behind negative tokens; see `edgert.features`.
         """
+        run = self._taken(tokens)
+        run.media = media or {}
+        return run
+
+    def _taken(self, tokens: Sequence[int]) -> SequenceRun:
         with self._lock:
             best = max(self._idle, key=lambda run: _common(run.tokens, tokens), default=None)
             if best is not None:
@@ -119,6 +128,7 @@ class Engine:
 
     def give_back(self, run: SequenceRun) -> None:
         """Keep a sequence for later prompts, the oldest ones make room."""
+        run.media = {}
         with self._lock:
             if run.executor is self.executor:
                 self._idle.append(run)
@@ -174,6 +184,7 @@ class Engine:
                 fresh.write_states(run.tokens, states)
             except DeviceFailedError:  # this one fails, too: the first call will tell
                 fresh = self.executor.open()
+        fresh.media = run.media
         done = "keys and values were moved" if fresh.tokens else "the tokens are prefilled again"
         event = Event("failover", unit, run.past, f"{error}; {fallback} goes on, {done}")
         log.warning("failover at token %d: %s", event.tokens, event.detail)
@@ -186,7 +197,7 @@ class Engine:
             self.executor = executor
             self._idle.clear()
 
-    def export(self, tokens: Sequence[int]) -> KvCache:
+    def export(self, tokens: Sequence[int], media: Media | None = None) -> KvCache:
         """The keys and values of a sequence; what is not in a cache yet is prefilled.
 
         Raises:
@@ -194,7 +205,7 @@ class Engine:
         """
         if self.executor.recurrent:
             raise UsageError("KV cache: it cannot be exported, the model is recurrent")
-        run, _ = self.advance(self.take(tokens), tokens, Clock("measured"))
+        run, _ = self.advance(self.take(tokens, media), tokens, Clock("measured"))
         states = trim(run.read_states(), len(tokens))
         self.give_back(run)
         assert states is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +12,11 @@ import numpy as np
 from edgert.backends import info_of, require
 from edgert.backends.base import Array, Runner, Tensor, as_array
 from edgert.bundle import Bundle
-from edgert.device import DeviceConfig, DeviceKind
+from edgert.chain import Chain
+from edgert.device import DeviceKind
 from edgert.errors import BundleError, DeviceFailedError, PlanError
+from edgert.features import FEATURE_MASK, FEATURES, IMAGE_IDS, Media, Places, Taken, beginning, check_media, whole
 from edgert.graph import BOUNDARY
-from edgert.guard import guarded
 from edgert.inplace import KernelCompiled
 from edgert.kvcache import trim
 from edgert.pipeline import Segment, run_chunks
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from edgert.npu.library import Library
 
 # What `SequenceRun` can give to a submodel.
-INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids", "beam_idx", "logits_to_keep"})
+INPUTS = frozenset({
+    "input_ids", "attention_mask", "position_ids", "token_type_ids", "beam_idx", "logits_to_keep",
+    FEATURES, FEATURE_MASK, IMAGE_IDS,
+})  # fmt: skip
 PREFILL, DECODE = 0, -1  # chains; the same one where a plan does not tell the phases apart
 DEVICE_TIMEOUT_S = 60.0
 MASK_TOKENS = 256  # that a sequence's mask has room for at first
@@ -69,6 +72,7 @@ class Executor:
         self.plan = plan
         self.timeout_s = timeout_s
         self.shapes: StaticShapes | None = None  # those in use, where some device has static shapes
+        self.taken = Taken(vocab_size=bundle.facts.vocab_size)
         self._graph = bundle.graph
         # A recurrent state cannot go back to an earlier token, nor be cut out as rows.
         self.recurrent = bundle.graph is not None and any(block.recurrent_bytes for block in bundle.graph.blocks)
@@ -80,6 +84,7 @@ class Executor:
             config = plan.placements[0].config
             compiled = require(config).compile(bundle.model_path, config)
             self.chains: tuple[tuple[Stage, ...], ...] = ((Stage(plan.placements[0], compiled),),)
+            check_media(bundle, self.taken, self.max_chunk)
             return
         if ort:
             raise PlanError(f"plan: {ort[0]} runs ONNX bundles; this bundle holds OpenVINO IR")
@@ -90,16 +95,8 @@ class Executor:
         if any(config.static for config in plan.configs):
             shapes = shapes or (library and library.shapes) or StaticShapes()
             self.shapes = shapes.within(bundle.facts.context_length)
-        self.chains = build(bundle, bundle.graph, plan, self.shapes, INPUTS, timeout_s, library, blocks)
-
-    def keeps_states(self, stage: Stage) -> bool:
-        """Whether some of the keys and values, or other states, are in this stage; without a block graph, yes."""
-        return self._graph is None or bool(self.states_of(stage))
-
-    def states_of(self, stage: Stage) -> list[str]:
-        """The ids of the states in a stage, as far as the block graph tells."""
-        blocks = self._graph.blocks[stage.placement.first : stage.placement.last + 1] if self._graph else ()
-        return [state for block in blocks for state in block.states]
+        self.chains, self.taken = build(bundle, bundle.graph, plan, self.shapes, INPUTS, timeout_s, library, blocks)
+        check_media(bundle, self.taken, self.max_chunk)
 
     @property
     def exclusive(self) -> bool:
@@ -153,122 +150,12 @@ def _library(bundle: Bundle, plan: Plan, complete: bool) -> Library | None:
     return Library(bundle, platform, complete=complete)
 
 
-class _Chain:
-    """The stages of one phase with the infer requests of one sequence, which are made when they are first needed.
-
-    Args:
-        made: runners of the sequence by stage: a stage that is in both phases has one, and its cache stays in it.
-    """
-
-    def __init__(self, stages: Sequence[Stage], executor: Executor, made: dict[int, Runner]) -> None:
-        self.stages = stages
-        self._executor = executor
-        self._made = made
-
-    @cached_property
-    def runners(self) -> list[Runner]:
-        for stage in self.stages:
-            if id(stage) not in self._made:
-                config = stage.placement.config
-                with _on(config):
-                    runner = stage.compiled.runner()
-                # With static shapes only the device's own part is guarded: the cache is the host's, and can be saved.
-                self._made[id(stage)] = runner if config.static else guarded(runner, config, self._executor.timeout_s)
-        return [self._made[id(stage)] for stage in self.stages]
-
-    def run(self, inputs: dict[str, Tensor], stages: range) -> dict[str, Tensor]:
-        """Send tensors through some stages; gives the outputs of the last one."""
-        outputs: dict[str, Tensor] = {}
-        for runner, config, boundary in self._steps[stages.start : stages.stop]:
-            try:  # as `_on`, which would cost a microsecond a stage
-                outputs = runner.infer(inputs)
-            except DeviceFailedError as error:
-                error.unit = config.unit
-                raise
-            inputs.update(outputs)
-            if boundary is not None:
-                inputs[BOUNDARY] = as_array(outputs[BOUNDARY]).astype(boundary)
-        return outputs
-
-    @cached_property
-    def _steps(self) -> list[tuple[Runner, DeviceConfig, type[np.floating[Any]] | None]]:
-        """For each stage also the type that the next one takes, where that is not what this one gives."""
-        configs = [stage.placement.config for stage in self.stages]
-        after = [*configs[1:], configs[-1]]
-        types = [
-            None if a.half == b.half else np.float16 if b.half else np.float32
-            for a, b in zip(configs, after, strict=True)
-        ]
-        return list(zip(self.runners, configs, types, strict=True))
-
-    def segments(self) -> list[range]:
-        """Neighbouring stages on the same hardware."""
-        units = [stage.placement.config.unit for stage in self.stages]
-        starts = [i for i, unit in enumerate(units) if i == 0 or units[i - 1] != unit]
-        return [range(a, b) for a, b in zip(starts, [*starts[1:], len(units)], strict=True)]
-
-    def read_states(self) -> dict[str, Array]:
-        states: dict[str, Array] = {}
-        for config, runner in self._keepers():
-            with _on(config):
-                states |= runner.read_states()
-        return states
-
-    def write_states(self, states: Mapping[str, Array], skip: Collection[Runner] = ()) -> None:
-        for config, runner in self._keepers():
-            if runner not in skip:
-                with _on(config):
-                    runner.write_states(states)
-
-    def rewind(self, length: int) -> bool:
-        """Keep the first tokens of all caches; False where a state does not allow it, and then it must be reset."""
-        for config, runner in self._keepers():
-            with _on(config):
-                if runner.rewind(length):
-                    continue
-                kept = trim(runner.read_states(), length)
-                if kept is None:
-                    return False
-                runner.write_states(kept)
-        return True
-
-    def take_over(self, other: _Chain) -> None:
-        """Copy the cache of the other phase; what both have in common is there already.
-
-        State by state, so that no second cache is needed on the way.
-        """
-        for stage, runner in zip(other.stages, other.runners, strict=True):
-            for name in () if runner in self.runners else self._executor.states_of(stage):
-                with _on(stage.placement.config):
-                    rows = runner.read_states([name])
-                self.write_states(rows, skip=other.runners)
-
-    def reset(self) -> None:
-        for config, runner in self._keepers() if "runners" in self.__dict__ else ():
-            with _on(config):
-                runner.reset()
-
-    def _keepers(self) -> list[tuple[DeviceConfig, Runner]]:
-        """Those that keep states. The others need not be asked, and one that has failed could not answer."""
-        pairs = zip(self.stages, self.runners, strict=True)
-        return [(stage.placement.config, runner) for stage, runner in pairs if self._executor.keeps_states(stage)]
-
-
-@contextmanager
-def _on(config: DeviceConfig) -> Iterator[None]:
-    """Say of an error on which hardware it happened."""
-    try:
-        yield
-    except DeviceFailedError as error:
-        error.unit = config.unit
-        raise
-
-
 class SequenceRun:
     """One sequence of tokens on its way through the stages, with its KV cache.
 
     Attributes:
-        tokens: those in the cache.
+        tokens: those in the cache; see `edgert.features` for negative ones.
+        media: what is behind negative tokens that are still to run.
         infer_us: time spent inside devices by the last call of `forward` or `prefill`.
         handover_us: how much of it went into moving keys and values.
     """
@@ -276,13 +163,15 @@ class SequenceRun:
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         made: dict[int, Runner] = {}
-        self._chains = [_Chain(chain, executor, made) for chain in executor.chains]
+        self._chains = [Chain(chain, made, executor.timeout_s) for chain in executor.chains]
         self._home = self._chains[PREFILL]  # the chain that holds the cache
         self._slices = executor.chains[PREFILL][-1].compiled.inputs >= {"logits_to_keep"}
-        self._decode = _token_inputs(1, 1, 0)  # for a single token: always the same, filled in anew
+        self._places = Places(executor.taken)
+        self._decode = self._token_inputs(1, 1)  # for a single token: always the same, filled in anew
         self._token, self._position = self._decode["input_ids"], self._decode["position_ids"]
         self._ones = np.ones((1, MASK_TOKENS), np.int64)
         self.tokens: list[int] = []
+        self.media: Media = {}
         self.infer_us = self.handover_us = 0.0
 
     @property
@@ -304,9 +193,9 @@ class SequenceRun:
         """
         return self._forward(tokens, keep, self._chains[DECODE if len(tokens) == 1 else PREFILL])
 
-    def _forward(self, tokens: Sequence[int], keep: int, chain: _Chain) -> Array:
+    def _forward(self, tokens: Sequence[int], keep: int, chain: Chain) -> Array:
         start = time.perf_counter_ns()
-        decode = len(tokens) == 1 and keep == 1
+        decode = len(tokens) == 1 and keep == 1 and tokens[0] >= 0
         self._enter(chain)
         inputs = self._inputs(tokens, self.past, keep)
         outputs = chain.run(inputs, range(len(chain.stages)))
@@ -332,7 +221,7 @@ class SequenceRun:
             DeviceFailedError: as `forward`.
         """
         chunk = min(chunk, self.executor.max_chunk)
-        parts = [tokens[i : i + chunk] for i in range(0, len(tokens), chunk)]
+        parts = self._parts(tokens, chunk)
         chain = self._chains[PREFILL]
         segments = chain.segments()
         if len(parts) == 1 or len(segments) == 1:
@@ -349,25 +238,37 @@ class SequenceRun:
         start = time.perf_counter_ns()
         self._enter(chain)
         end = self.past + len(tokens)
+        places, done = self._places.after(self.tokens, tokens), iter(parts)
 
-        def calls(past: int) -> Iterator[dict[str, Any]]:
+        def calls(first: int, at: int = 0) -> Iterator[dict[str, Any]]:
             for part in parts:
                 if cancel is not None and cancel.is_set():
                     return
-                yield self._inputs(part, past, 1)
-                past += len(part)
+                yield self._inputs(part, first + at, 1, places[..., at : at + len(part)])
+                at += len(part)
 
-        outputs = run_chunks([self._segment(chain, stages) for stages in segments], calls(self.past))
+        outputs = run_chunks([self._segment(chain, stages, done) for stages in segments], calls(self.past))
         self.infer_us = (time.perf_counter_ns() - start) / 1000
         return None if self.past < end or outputs is None else self._rows(outputs, 1)
 
-    def _segment(self, chain: _Chain, stages: range) -> Segment[dict[str, Tensor]]:
+    def _parts(self, tokens: Sequence[int], chunk: int) -> list[Sequence[int]]:
+        """Chunks of a prompt, in which the images stay whole that must."""
+        parts, start = [], 0
+        while start < len(tokens):
+            end = min(start + chunk, len(tokens))
+            if self.executor.taken.together:
+                end = whole(tokens, start, end)
+            parts.append(tokens[start:end])
+            start = end
+        return parts
+
+    def _segment(self, chain: Chain, stages: range, done: Iterator[Sequence[int]]) -> Segment[dict[str, Tensor]]:
         last = stages[-1] == len(chain.stages) - 1
 
         def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
             outputs = chain.run(inputs, stages)
             if last:
-                self.tokens += as_array(inputs["input_ids"])[0].tolist()
+                self.tokens += next(done)
                 return outputs
             # The devices write the next chunk over what they gave for this one.
             return {name: as_array(tensor).copy() for name, tensor in inputs.items()}
@@ -401,6 +302,9 @@ class SequenceRun:
         """Go back to the first `length` tokens, or to none where the states do not allow it: see `past` after."""
         if length == self.past:
             return
+        self._places.reset()
+        if self.executor.taken.together:
+            length = beginning(self.tokens, length)
         if length and not self.executor.recurrent and self._home.rewind(length):
             del self.tokens[length:]
             return
@@ -424,6 +328,7 @@ class SequenceRun:
             DeviceFailedError: a device does not take a cache.
         """
         self._home.write_states(states)
+        self._places.reset()
         self.tokens = list(tokens)
 
     def salvage(self) -> dict[str, Array] | None:
@@ -435,7 +340,7 @@ class SequenceRun:
         except DeviceFailedError:
             return None
 
-    def _enter(self, chain: _Chain) -> None:
+    def _enter(self, chain: Chain) -> None:
         """Move the cache to the chain that a call goes through."""
         self.handover_us = 0.0
         if chain is not self._home:
@@ -447,14 +352,18 @@ class SequenceRun:
             self._home = chain
             self.handover_us = (time.perf_counter_ns() - start) / 1000
 
-    def _inputs(self, tokens: Sequence[int], past: int, keep: int) -> dict[str, Tensor]:
+    def _inputs(self, tokens: Sequence[int], past: int, keep: int, places: Array | None = None) -> dict[str, Tensor]:
+        """Inputs for tokens after `past` others; `places` are their positions, where others are on their way, too."""
         count, total = len(tokens), past + len(tokens)
-        if count == 1 and keep == 1:
+        if count == 1 and keep == 1 and tokens[0] >= 0:
             inputs = {**self._decode}
-            self._token[0, 0], self._position[0, 0] = tokens[0], past
+            self._token[0, 0] = tokens[0]
+            self._position[...] = past if self._position.ndim == 2 else self._places.after(self.tokens, tokens)[:, None]
         else:
-            inputs = _token_inputs(count, keep, past)
-            inputs["input_ids"][0] = tokens
+            inputs = self._token_inputs(count, keep)
+            self.executor.taken.fill(inputs, tokens, self.media)
+            places = self._places.after(self.tokens, tokens) if places is None else places
+            inputs["position_ids"] = np.ascontiguousarray(places[..., None, :])
         if total > self._ones.shape[1]:
             self._ones = np.ones((1, 2 * total), np.int64)
         inputs["attention_mask"] = self._ones[:, :total]
@@ -464,13 +373,15 @@ class SequenceRun:
         output = as_array(next(iter(outputs.values())))
         return output[0] if self._slices else output[0, -keep:]
 
-
-def _token_inputs(count: int, keep: int, past: int) -> dict[str, Tensor]:
-    """All inputs but the mask; `input_ids` is to be filled in."""
-    return {
-        "input_ids": np.zeros((1, count), np.int64),
-        "position_ids": np.arange(past, past + count, dtype=np.int64)[None],
-        "token_type_ids": np.zeros((1, count), np.int64),
-        "beam_idx": np.zeros(1, np.int32),
-        "logits_to_keep": np.array([keep], np.int64),
-    }
+    def _token_inputs(self, count: int, keep: int) -> dict[str, Tensor]:
+        """All inputs but the mask, of zeros; `input_ids` and `position_ids` are to be filled in."""
+        taken = self.executor.taken
+        axes = (taken.axes,) if taken.axes else ()
+        return {
+            "input_ids": np.zeros((1, count), np.int64),
+            "position_ids": np.zeros((*axes, 1, count), np.int64),
+            "token_type_ids": np.zeros((1, count), np.int64),
+            "beam_idx": np.zeros(1, np.int32),
+            "logits_to_keep": np.array([keep], np.int64),
+            **taken.zeros(count),
+        }

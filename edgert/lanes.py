@@ -14,11 +14,18 @@ from typing import Protocol
 from edgert.backends.base import Array
 from edgert.errors import CacheFullError, ContextOverflowError, UsageError
 from edgert.executor import Executor, SequenceRun
+from edgert.features import Media
 from edgert.kvcache import trim
 
 
 class Lane(Protocol):
-    """One sequence with its keys and values. Not for two threads at once, nor are two lanes of the same `Lanes`."""
+    """One sequence with its keys and values. Not for two threads at once, nor are two lanes of the same `Lanes`.
+
+    Attributes:
+        media: what is behind negative tokens that are still to run; see `edgert.features`.
+    """
+
+    media: Media
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -63,12 +70,14 @@ class Lanes(Protocol):
         batched: whether a step of several lanes costs less than one step each.
         context: the largest number of tokens of a lane.
         max_chunk: the largest number of tokens that a step may append to one lane.
+        together: whether a step must hold whole images, as their tokens see each other both ways.
         infer_us: microseconds inside the devices, of the last step.
     """
 
     batched: bool
     context: int
     max_chunk: int
+    together: bool
     infer_us: float
 
     def open(self) -> Lane:
@@ -108,6 +117,14 @@ class SerialLane:
     @property
     def tokens(self) -> Sequence[int]:
         return self._open.tokens
+
+    @property
+    def media(self) -> Media:
+        return self._open.media
+
+    @media.setter
+    def media(self, media: Media) -> None:
+        self._open.media = media
 
     @property
     def kv_bytes(self) -> int:
@@ -156,6 +173,7 @@ class SerialLanes:
     def __init__(self, executor: Executor, *, kv_bytes: int) -> None:
         self.context = executor.context
         self.max_chunk = executor.max_chunk
+        self.together = executor.taken.together
         self.infer_us = 0.0
         self.token_bytes = max(1, executor.kv_bytes_per_token)
         check_budget(kv_bytes, self.token_bytes)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from edgert.fields import build
 from edgert.graph import Block, BlockGraph, BlockKind
 
 PHASES = ("prefill", "decode")
-HOST = DeviceConfig(
-    "CPU", "f32"
-)  # where the lookup of embeddings, masks and RoPE tables are computed for other devices
+# Where the lookup of embeddings, masks and RoPE tables are computed for other devices.
+HOST = DeviceConfig("CPU", "f32")
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,14 @@ class Plan:
         warnings: what the reader must know, e.g. a device that was asked for and is not used.
         decode: placements for single tokens, if they differ from those for a prompt; keys and values then change
             hands in between. None where `placements` serve both phases.
+        towers: the configuration of each tower that has one of its own, by name; see `tower`.
     """
 
     placements: tuple[Placement, ...]
     rationale: str
     warnings: tuple[str, ...] = ()
     decode: tuple[Placement, ...] | None = None
+    towers: Mapping[str, DeviceConfig] = field(default_factory=dict, hash=False)
 
     @property
     def phases(self) -> dict[str, tuple[Placement, ...]]:
@@ -70,9 +70,19 @@ class Plan:
             return {"prefill and decode": self.placements}
         return {"prefill": self.placements, "decode": self.decode}
 
+    def tower(self, name: str) -> DeviceConfig:
+        """Where a tower runs: the first configuration of the CPU that a prompt runs on where nothing is said.
+
+        Towers are no part of `configs`: they keep no states, and are compiled when the first image or sound comes.
+        """
+        if name in self.towers:
+            return self.towers[name]
+        cpus = (p.config for p in self.placements if p.config.kind is DeviceKind.CPU)
+        return tower_config(next(cpus, DeviceConfig.parse(DeviceKind.CPU)))
+
     @property
     def configs(self) -> tuple[DeviceConfig, ...]:
-        """Every configuration that the plan uses, once, in order."""
+        """Every configuration that the plan's blocks use, once, in order."""
         return tuple(dict.fromkeys(p.config for placements in self.phases.values() for p in placements))
 
     @classmethod
@@ -101,7 +111,10 @@ class Plan:
         configs, rationale = [config] * len(graph.blocks), f"single device {config}"
         if own_blocks(graph, config) != graph.blocks:
             configs[0], rationale = HOST, f"{rationale}, embedding on {HOST}"
-        return cls.from_configs(configs, rationale)
+        plan = cls.from_configs(configs, rationale)
+        if config.kind in {DeviceKind.CPU, DeviceKind.NPU}:  # an NPU's compiler may take minutes: only if it is asked
+            return plan
+        return replace(plan, towers={tower.name: tower_config(config) for tower in graph.towers})
 
     @classmethod
     def explicit(cls, graph: BlockGraph, rules: str) -> Plan:
@@ -109,24 +122,33 @@ class Plan:
 
         Left of `=` stands a block kind, a block name (`ffn.2`), an index, a range of indices, or `*`, after `prefill:`
         or `decode:` where the rule is for one phase only. Later rules win. A block that no rule names runs where the
-        block before it runs, or, at the start, where the next one does.
+        block before it runs, or, at the start, where the next one does. The names of towers (`vision=NPU`) are no
+        blocks of the chain, and have no phases.
 
         Raises:
             PlanError: a rule cannot be read or names no block of the graph, or no rule says where a phase runs.
             UnknownDeviceError: a configuration is not of the form DEVICE@VARIANT.
         """
         chosen: dict[str, list[DeviceConfig | None]] = {phase: [None] * len(graph.blocks) for phase in PHASES}
+        towers: dict[str, DeviceConfig] = {}
         for rule in (part.strip() for part in rules.split(",") if part.strip()):
             left, equals, target = (piece.strip() for piece in rule.partition("="))
             phase, colon, selector = left.partition(":") if ":" in left else ("", "", left)
             if not equals or not selector or not target or (colon and phase not in PHASES):
                 raise PlanError(f"placement rule {rule!r}: expected [prefill:|decode:]SELECTOR=DEVICE@VARIANT")
+            if named := [t.name for t in graph.towers if selector in {t.name, str(t.kind)}]:
+                if colon:
+                    raise PlanError(f"placement rule {rule!r}: a tower runs before both phases, give no {phase}:")
+                towers |= dict.fromkeys(named, tower_config(DeviceConfig.parse(target)))
+                continue
             config = _suited(graph, DeviceConfig.parse(target))
-            blocks = _select(graph, selector)
+            blocks = graph.select(selector)
             if not blocks:
                 names = ", ".join(dict.fromkeys(str(b.kind) for b in graph.blocks))
+                beside = f", and towers {', '.join(t.name for t in graph.towers)}" if graph.towers else ""
                 raise PlanError(
                     f"placement rule {rule!r} matches no block; the model has {len(graph.blocks)} of kinds {names}"
+                    f"{beside}"
                 )
             for name in [phase] if colon else PHASES:
                 for index in blocks:
@@ -136,7 +158,7 @@ class Plan:
             f"explicit placement {rules}",
             decode=_fill(chosen["decode"], "decode"),
         )
-        return plan.with_host(graph)
+        return replace(plan, towers=towers).with_host(graph)
 
     def replaced(self, unit: str, config: DeviceConfig, reason: str) -> Plan:
         """This plan with all that runs on some hardware moved to another configuration.
@@ -160,11 +182,14 @@ class Plan:
             placements=placements,
             decode=None if decode == placements else decode,
             warnings=(*self.warnings, reason),
+            towers={
+                name: tower_config(config) if unit in {own.unit, str(own)} else own for name, own in self.towers.items()
+            },
         )
 
     def with_host(self, graph: BlockGraph) -> Plan:
         """The plan with the embedding on the CPU wherever it was to have static shapes, which take no token ids."""
-        if not _has_embedding(graph):
+        if not graph.has_embedding:
             return self
         wrong = next((ps[0].config for ps in self.phases.values() if ps[0].config.static), None)
         if wrong is None:
@@ -241,22 +266,27 @@ class Plan:
                     f"plan: {graph.blocks[0].name} is on {placements[0].config}, whose static shapes take no token "
                     f"ids; place it on {HOST}" + (f" ({graph.reason})" if graph.reason else "")
                 )
+        if unknown := sorted(set(self.towers) - {tower.name for tower in graph.towers}):
+            known = ", ".join(tower.name for tower in graph.towers) or "none"
+            raise PlanError(f"plan: places a tower {unknown[0]!r}, the model has {known}")
         static = next((config for config in self.configs if config.static), None)
-        recurrent = next((block.name for block in graph.blocks if block.recurrent_bytes), None)
-        if static is not None and recurrent is not None:
-            raise PlanError(
-                f"plan: static shapes ({static}) pad a prompt, which would change {recurrent}'s recurrent state"
-            )
-        if static is not None and not _keeps_cache(graph):
+        for p in (p for placements in self.phases.values() for p in placements if p.config.kind is DeviceKind.NPU):
+            blocks = graph.blocks[p.first : p.last + 1]
+            recurrent = next((block.name for block in blocks if block.recurrent_bytes), None)
+            if recurrent is not None:
+                raise PlanError(f"plan: {p.config} takes no block with a recurrent state, {recurrent} has one")
+        if static is not None and not graph.keeps_cache:
             raise PlanError(f"plan: static shapes ({static}) are for decoders; this model keeps no keys and values")
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        data = {
             "placements": _rows(self.placements),
             "decode": None if self.decode is None else _rows(self.decode),
             "rationale": self.rationale,
             "warnings": list(self.warnings),
         }
+        towers = {name: str(config) for name, config in self.towers.items()}
+        return {**data, "towers": towers} if towers else data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
@@ -271,7 +301,8 @@ class Plan:
         except (ValueError, RecursionError) as error:
             raise PlanError(str(error)) from error
         decode = None if file.decode is None else _placements(file.decode)
-        return cls(_placements(file.placements), file.rationale, file.warnings, decode)
+        towers = {name: DeviceConfig.parse(config) for name, config in file.towers.items()}
+        return cls(_placements(file.placements), file.rationale, file.warnings, decode, towers)
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -291,6 +322,8 @@ class Plan:
             for p in placements:
                 blocks = f"block {p.first}" if p.first == p.last else f"blocks {p.first}-{p.last}"
                 lines.append(f"  {blocks} on {p.config}")
+        names = self.towers if graph is None else (tower.name for tower in graph.towers)
+        lines += [f"  tower {name} on {self.tower(name)}" for name in names]
         if graph is not None:
             self.check(graph)
             lines.append(self.explain_weights(graph))
@@ -325,6 +358,7 @@ class _File:
     rationale: str
     warnings: tuple[str, ...] = ()
     decode: tuple[_Row, ...] | None = None
+    towers: dict[str, str] = field(default_factory=dict)
 
 
 def _rows(placements: Sequence[Placement]) -> list[dict[str, Any]]:
@@ -349,40 +383,30 @@ def _fill(configs: Sequence[DeviceConfig | None], phase: str) -> list[DeviceConf
     """Blocks that no rule names take the configuration of the block before, or of the first that has one."""
     first = next((c for c in configs if c is not None), None)
     if first is None:
-        raise PlanError(f"placement: no rule says where {phase} runs")
+        raise PlanError(f"placement: no rule says where {phase} runs; *=CPU would")
     filled: list[DeviceConfig] = []
     for given in configs:
         filled.append(given or (filled[-1] if filled else first))
     return filled
 
 
-def _keeps_cache(graph: BlockGraph) -> bool:
-    return any(block.states for block in graph.blocks)
-
-
 def _suited(graph: BlockGraph, config: DeviceConfig) -> DeviceConfig:
     """On a GPU, static shapes are a form of cache: a model without one, or in one piece, runs there as it is."""
-    if config.kind is DeviceKind.GPU and config.static and not (_has_embedding(graph) and _keeps_cache(graph)):
+    if config.kind is DeviceKind.GPU and config.static and not (graph.has_embedding and graph.keeps_cache):
+        return replace(config, variant=config.variant.removesuffix("+static"))
+    return config
+
+
+def tower_config(config: DeviceConfig) -> DeviceConfig:
+    """The configuration for a tower, whose shapes are static as they are, and which edgert's kernels are not for."""
+    if config.kernels:
+        return DeviceConfig.parse(DeviceKind.CPU)
+    if config.kind is DeviceKind.GPU:
         return replace(config, variant=config.variant.removesuffix("+static"))
     return config
 
 
 def own_blocks(graph: BlockGraph, config: DeviceConfig) -> tuple[Block, ...]:
     """The blocks that run on a configuration where the plan is `Plan.single`: all, or all but the embedding."""
-    hosted = (config.static or config.kind is DeviceKind.GPU) and _has_embedding(graph)
+    hosted = (config.static or config.kind is DeviceKind.GPU) and graph.has_embedding
     return graph.blocks[1:] if hosted else graph.blocks
-
-
-def _has_embedding(graph: BlockGraph) -> bool:
-    return len(graph.blocks) > 1 and graph.blocks[0].kind is BlockKind.EMBED
-
-
-def _select(graph: BlockGraph, selector: str) -> list[int]:
-    if selector == "*":
-        return [b.index for b in graph.blocks]
-    if selector in {str(kind) for kind in BlockKind}:
-        return [b.index for b in graph.blocks if b.kind == selector]
-    if match := re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", selector):
-        first, last = int(match[1]), int(match[2] or match[1])
-        return list(range(first, last + 1)) if last < len(graph.blocks) else []
-    return [b.index for b in graph.blocks if b.name == selector]

@@ -9,14 +9,12 @@ machine that slows down slows all of them.
 
 from __future__ import annotations
 
-import json
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import contextmanager
 from functools import partial
 from itertools import combinations, permutations
 from pathlib import Path
@@ -31,14 +29,15 @@ from edgert.device import DeviceConfig, DeviceKind
 from edgert.discovery import cpu_facts
 from edgert.energy import Energy, Idle, Meters, total
 from edgert.errors import BundleError, DeviceError, DeviceFailedError, PlanError, UsageError
-from edgert.executor import Executor, SequenceRun
+from edgert.executor import DEVICE_TIMEOUT_S, Executor, SequenceRun
 from edgert.graph import BlockGraph
 from edgert.grid import Grid
 from edgert.memory import bandwidth_gbps, eviction
-from edgert.placement import HOST, Plan
+from edgert.placement import HOST, Plan, tower_config
 from edgert.profile import FORMAT_VERSION, Profile, Provenance, Slowdown
-from edgert.samples import Key, Raw, summary
+from edgert.samples import Kept, Key, Raw, summary
 from edgert.shapes import StaticShapes
+from edgert.towers import Towers, example
 
 
 class Profiler:
@@ -77,7 +76,7 @@ class Profiler:
         if bundle.graph is None:
             raise BundleError(f"bundle {bundle.path}: it has no block graph, so there is nothing to measure")
         if bundle.facts.task != "decoder":
-            raise UsageError(f"bundle {bundle.path}: profiles are of decoders; this is an {bundle.facts.task}")
+            raise UsageError(f"bundle {bundle.path}: profiles are of decoders, and its task is {bundle.facts.task}")
         if not configs:
             raise UsageError("profile: no device configuration to measure")
         for config in configs:
@@ -89,7 +88,7 @@ class Profiler:
         self._grid = grid.within(bundle.facts.context_length)
         self._shapes = shapes
         self._meters = meters
-        self._partial = partial
+        self._kept = Kept(partial, self._configs, self._grid, self._graph)
         self._end_s = None if budget_s is None else time.monotonic() + budget_s
         self._tell = progress or (lambda _text, _share: None)
         self._tokens = np.random.default_rng(0).integers(0, bundle.facts.vocab_size, 1 << 16).tolist()
@@ -107,8 +106,8 @@ class Profiler:
 
     def measure(self) -> Profile:
         """Measure everything; takes minutes."""
-        self._resume()
-        self._save()  # now, if it cannot be written, and not after a round
+        self._raw, self._done = self._kept.resume(self._raw)
+        self._kept.save(self._raw, self._done)  # now, if it cannot be written, and not after a round
         rest = self._rest()
         idle = None if rest is None else Idle.of(rest)
         rounds = [(number, config) for number in range(self._grid.rounds) for config in self._configs]
@@ -125,7 +124,7 @@ class Profiler:
                 if not self._raw:
                     raise
             self._done.add(name)
-            self._save()
+            self._kept.save(self._raw, self._done)
         if self._late():
             self._warnings.append("the budget was used up before all rounds and slow-downs were measured")
         self._tell("slow-down of devices beside each other", 0.97)
@@ -133,8 +132,7 @@ class Profiler:
 
     def discard(self) -> None:
         """Forget what was kept to go on with; to be called when the profile is in its place."""
-        if self._partial is not None:
-            self._partial.unlink(missing_ok=True)
+        self._kept.discard()
 
     def _late(self) -> bool:
         return self._end_s is not None and time.monotonic() > self._end_s
@@ -155,6 +153,7 @@ class Profiler:
             ]
             self._passes(chain, raw, raw.blocks, {row: signatures[row] for row in rows}, None)
             del chain
+        self._measure_towers(config, raw)
         whole = Executor(self._bundle, Plan.single(graph, config), shapes=self._shapes, complete=True)
         own = [number for number, stage in enumerate(whole.chains[0]) if stage.placement.config == config]
         raw.calls = len(own)
@@ -174,6 +173,25 @@ class Profiler:
         if len(graph.blocks) > 1 and not config.static and config.kind in {DeviceKind.CPU, DeviceKind.SIM}:
             plan = Plan.from_configs([config] * len(graph.blocks), "every boundary", merge=False)
             raw.cuts.append(self._pace(Executor(self._bundle, plan)))
+
+    def _measure_towers(self, config: DeviceConfig, raw: Raw) -> None:
+        """One call each, the caches emptied before it; a tower that a device does not take is left out."""
+        towers = {tower.name: tower_config(config) for tower in self._graph.towers}
+        plan = Plan((), "towers", towers=towers)
+        runs = Towers(self._bundle, lambda: plan, fallback=None, timeout_s=DEVICE_TIMEOUT_S)
+        for tower in self._graph.towers:
+            inputs, rows = example(self._bundle, tower.name)
+            samples = []
+            try:
+                for number in range(self._grid.passes + 1):
+                    self._evict()
+                    start = time.perf_counter_ns()
+                    runs.run(tower.name, inputs)
+                    if number:
+                        samples.append((time.perf_counter_ns() - start) / 1000)
+                raw.towers.setdefault((tower.signature, rows, 0), []).extend(samples)
+            except DeviceError as error:
+                self._warnings.append(f"{config}: tower {tower.name} was not measured: {error}")
 
     def _chain(self, config: DeviceConfig) -> Executor:
         """One submodel for each distinct block."""
@@ -209,7 +227,7 @@ class Profiler:
                 into.setdefault(key, []).append(sum(seen[number] for number in signatures))
                 return
             for number, signature in signatures.items():  # without a cache of its own the past says nothing
-                key = (signature, tokens, slots if executor.states_of(executor.chains[0][number]) else 0)
+                key = (signature, tokens, slots if executor.chains[0][number].states else 0)
                 into.setdefault(key, []).append(seen[number])
 
         run = executor.open()
@@ -253,7 +271,7 @@ class Profiler:
         with self._meters.measure(idle) as window:
             yield
         found = total(window.results)
-        if found.above_idle_uj is not None and _resolved(found):
+        if found.above_idle_uj is not None and found.resolved:
             into.append(found.above_idle_uj / 1e6 / found.duration_s)
 
     def _compare(self, config: DeviceConfig, chain: Executor, signatures: Sequence[str]) -> None:
@@ -282,7 +300,7 @@ class Profiler:
         self._tell("the machine at rest", 0.0)
         with self._meters.measure() as window:
             time.sleep(3.0 if self._grid.rounds > 1 else 1.0)
-        return window.results if _resolved(total(window.results)) else None
+        return window.results if total(window.results).resolved else None
 
     def _slowdowns(self) -> tuple[Slowdown, ...]:
         """How much longer decode takes on one device while another decodes too."""
@@ -341,34 +359,6 @@ class Profiler:
             warnings=(*self._warnings, *(warning for summed in found for warning in summed.warnings)),
         )
 
-    def _resume(self) -> None:
-        """Take up what an earlier run of the same measurement has left."""
-        if self._partial is None:
-            return
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            data = json.loads(self._partial.read_text("utf-8"))
-            if data["of"] == self._what:
-                raw = {config: Raw.from_json(data["raw"][str(config)]) for config in self._configs}
-                self._raw, self._done = raw, set(data["done"])
-
-    @property
-    def _what(self) -> dict[str, object]:
-        """What is measured, as JSON gives it back."""
-        grid = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self._grid).items()}
-        return {**grid, "model": self._graph.signature, "configs": [str(config) for config in self._configs]}
-
-    def _save(self) -> None:
-        if self._partial is None:
-            return
-        try:
-            raw = {str(config): raw.to_json() for config, raw in self._raw.items()}
-            self._partial.parent.mkdir(parents=True, exist_ok=True)
-            beside = self._partial.with_suffix(".tmp")
-            beside.write_text(json.dumps({"of": self._what, "done": sorted(self._done), "raw": raw}), "utf-8")
-            beside.replace(self._partial)
-        except OSError as error:
-            raise UsageError(f"profile {self._partial} cannot be written: {error}") from error
-
 
 @contextmanager
 def _working(step: Callable[[], object]) -> Iterator[None]:
@@ -386,13 +376,6 @@ def _working(step: Callable[[], object]) -> Iterator[None]:
         finally:
             stop.set()
         future.result()
-
-
-def _resolved(energy: Energy) -> bool:
-    """Whether a window is long enough to tell its joules within a twentieth."""
-    if energy.energy_uj is None or energy.duration_s <= 0:
-        return False
-    return energy.resolution_uj is None or energy.energy_uj >= 20 * energy.resolution_uj
 
 
 def _padded(shapes: StaticShapes, tokens: int, past: int) -> tuple[int, int]:

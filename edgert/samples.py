@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from edgert.device import DeviceConfig, DeviceKind
+from edgert.errors import UsageError
 from edgert.graph import BlockGraph
+from edgert.grid import Grid
 from edgert.placement import own_blocks
 from edgert.profile import DeviceModel, Measurement, Provenance
 from edgert.rates import fit, launch_us
@@ -17,6 +22,7 @@ Key = tuple[str, int, int]
 SLOWED = 1.15  # a configuration that ends this much slower than it began
 UNSTEADY = 0.25  # half the range between the quartiles over the median
 SMALLEST_US = 1e-3
+_TABLES = ("blocks", "whole", "towers")
 # Bits of an element of the cache, by configuration of the CPU, where that is not the precision of what is computed.
 # OpenVINO's u8, as a compiled model's KV_CACHE_PRECISION says: a scale and a zero point in f32 for a head's row of 128.
 # The kernels' INT8 has a scale only (edgert.kvlayout).
@@ -30,6 +36,7 @@ class Raw:
     Attributes:
         blocks: microseconds of blocks, one by one.
         whole: of the model as it runs in a plan with one device.
+        towers: of towers, one call; as many new tokens as they give rows.
         errors: relative difference from `CPU@f32` by signature.
         moves: of caches that were read or written: bytes, and microseconds.
         watts: above the machine's base, by phase, of the whole model.
@@ -41,6 +48,7 @@ class Raw:
 
     blocks: dict[Key, list[float]] = field(default_factory=dict)
     whole: dict[Key, list[float]] = field(default_factory=dict)
+    towers: dict[Key, list[float]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     moves: list[tuple[float, float]] = field(default_factory=list)
     watts: dict[str, list[float]] = field(default_factory=dict)
@@ -50,16 +58,64 @@ class Raw:
     emulated: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        lists = {name: [[*key, value] for key, value in getattr(self, name).items()] for name in ("blocks", "whole")}
+        lists = {name: [[*key, value] for key, value in getattr(self, name).items()] for name in _TABLES}
         return {**self.__dict__, **lists}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Raw:
         tables: dict[str, Any] = {
             name: {(signature, tokens, past): values for signature, tokens, past, values in data[name]}
-            for name in ("blocks", "whole")
+            for name in _TABLES
         }
         return cls(**{**data, **tables, "moves": [(size, us) for size, us in data["moves"]]})
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Unfinished measurements in a file, to go on with.
+
+    Attributes:
+        path: the file; None to keep none.
+        configs, grid, graph: what is measured: what another measurement has left is no use.
+    """
+
+    path: Path | None
+    configs: tuple[DeviceConfig, ...]
+    grid: Grid
+    graph: BlockGraph
+
+    def resume(self, raw: dict[DeviceConfig, Raw]) -> tuple[dict[DeviceConfig, Raw], set[str]]:
+        """What an earlier run of the same measurement has left, and what it had done; else `raw`, and nothing."""
+        if self.path is not None:
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                data = json.loads(self.path.read_text("utf-8"))
+                if data["of"] == self._what:
+                    left = {config: Raw.from_json(data["raw"][str(config)]) for config in self.configs}
+                    return left, set(data["done"])
+        return raw, set()
+
+    def save(self, raw: dict[DeviceConfig, Raw], done: set[str]) -> None:
+        """Raises `UsageError` where the file cannot be written."""
+        if self.path is None:
+            return
+        data = {"of": self._what, "done": sorted(done), "raw": {str(c): own.to_json() for c, own in raw.items()}}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            beside = self.path.with_suffix(".tmp")
+            beside.write_text(json.dumps(data), "utf-8")
+            beside.replace(self.path)
+        except OSError as error:
+            raise UsageError(f"profile {self.path} cannot be written: {error}") from error
+
+    def discard(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    @property
+    def _what(self) -> dict[str, object]:
+        """What is measured, as JSON gives it back."""
+        grid = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.grid).items()}
+        return {**grid, "model": self.graph.signature, "configs": [str(config) for config in self.configs]}
 
 
 @dataclass(frozen=True)
@@ -103,6 +159,7 @@ def summary(config: DeviceConfig, raw: Raw, graph: BlockGraph) -> Summary:
     # A whole model of several submodels counts as one call: the other launches are reckoned where plans are.
     rows = [measurement(key, values, 0.0) for key, values in raw.blocks.items()]
     rows += [measurement(key, values, (raw.calls - 1) * launch) for key, values in raw.whole.items()]
+    rows += [measurement(key, values, 0.0) for key, values in raw.towers.items()]
     # A model in one piece is its only block.
     net = {key: max(us - launch, SMALLEST_US) for key, us in (blocks or whole).items()}
     precision: Literal["f32", "f16"] = "f16" if config.half else "f32"

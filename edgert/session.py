@@ -10,13 +10,15 @@ from __future__ import annotations
 import operator
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgert.asynchronous import from_thread, in_thread
 from edgert.backends import info_of
 from edgert.bundle import Bundle
 from edgert.choice import as_config, choose_plan
@@ -26,50 +28,39 @@ from edgert.errors import ContextOverflowError, EmptyPromptError, UsageError
 from edgert.executor import DEVICE_TIMEOUT_S
 from edgert.kvcache import KvCache
 from edgert.placement import Plan
+from edgert.prompts import Prompt, Prompts
 from edgert.results import Clock, FinishReason, Piece, Provenance, Result, collect
-from edgert.sampling import Sampler, SamplingParams
+from edgert.sampling import Sampler, Sampling, SamplingParams
 from edgert.shapes import StaticShapes
 from edgert.text import StreamDecoder, Tokenizer
+from edgert.towers import Towers
 
 if TYPE_CHECKING:
     from edgert.scheduler import Objective
 
 DEFAULT_MAX_TOKENS = 256
 MAX_TIMEOUT_S = 86400
-T = TypeVar("T")
-
-
-class Sampling(TypedDict, total=False):
-    """Keyword arguments of every generating method; see `SamplingParams` for meaning and ranges."""
-
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    frequency_penalty: float
-    presence_penalty: float
-    logit_bias: Mapping[int, float]
-    seed: int | None
-    stop: Sequence[str]
-    logprobs: int | None
 
 
 class Model:
     """A loaded bundle. Made by `load`; may be used from several threads."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, *, prefill_chunk: int) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, towers: Towers, *, prefill_chunk: int) -> None:
         self.bundle = bundle
         self.facts = bundle.facts
         self.tokenizer = Tokenizer.open(bundle.tokenizer_path)
         self._engine = engine
+        self._towers = towers
+        self._prompts = Prompts(towers)
         self._chunk = prefill_chunk
 
     @property
     def plan(self) -> Plan:
         """Where the blocks run now: after the failure of a device this is not what was asked for."""
-        return self._engine.executor.plan
+        plan, towers = self._engine.executor.plan, self._towers
+        if not towers.moved:
+            return plan
+        return replace(plan, towers={**plan.towers, **towers.moved}, warnings=(*plan.warnings, *towers.warnings))
 
     @property
     def context_length(self) -> int:
@@ -102,7 +93,7 @@ class Model:
         params = self._check(tokens, sampling)
         decoder = StreamDecoder(self.tokenizer, params.stop, prompt=tokens)
         clock.checked()
-        return self._run(tokens, params, cancel, decoder, clock)
+        return self._run(Prompt.of(tokens), params, cancel, decoder, clock)
 
     def chat(
         self,
@@ -114,7 +105,13 @@ class Model:
     ) -> Result:
         """Answer a conversation, e.g. `[{"role": "user", "content": "Hi"}]`, in the model's own chat template.
 
+        Where the model takes them, content may be a list of parts: `{"type": "text", "text": …}`,
+        `{"type": "image", "image": …}` with a path, the bytes of a file, a PIL image or uint8 `[height, width, 3]`,
+        `{"type": "audio", "audio": …}` with the path or the bytes of a WAV file or `(f32 [samples], rate)`, and
+        OpenAI's `image_url` with a `data:` URL and `input_audio`. Other URLs are refused.
+
         Raises:
+            UsageError: an image or a sound cannot be read, or the model takes none.
             ChatTemplateError: the model has no chat template, or it fails.
             Others as `generate`.
         """
@@ -131,10 +128,10 @@ class Model:
         """Like `chat`, a piece a token."""
         self._need("decoder", "chat")
         clock = Clock(self._provenance())
-        tokens = self.tokenizer.encode_chat(messages, tools=tools)
-        params = self._check(tokens, sampling)
+        prompt = self._chat(messages, tools)
+        params = self._check(prompt.ids, sampling)
         clock.checked()
-        return self._run(tokens, params, cancel, StreamDecoder(self.tokenizer, params.stop), clock)
+        return self._run(prompt, params, cancel, StreamDecoder(self.tokenizer, params.stop), clock)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors for texts.
@@ -163,13 +160,13 @@ class Model:
 
     async def agenerate(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Result:
         """`generate` for asyncio; cancelling the task cancels the generation."""
-        return await _in_thread(lambda cancel: self.generate(prompt, cancel=cancel, **sampling))
+        return await in_thread(lambda cancel: self.generate(prompt, cancel=cancel, **sampling))
 
     async def achat(
         self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None, **sampling: Unpack[Sampling]
     ) -> Result:
         """`chat` for asyncio; cancelling the task cancels the generation."""
-        return await _in_thread(lambda cancel: self.chat(messages, tools=tools, cancel=cancel, **sampling))
+        return await in_thread(lambda cancel: self.chat(messages, tools=tools, cancel=cancel, **sampling))
 
     async def aembed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """`embed` for asyncio."""
@@ -180,21 +177,22 @@ class Model:
     def astream(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> AsyncIterator[Piece]:
         """`stream` for asyncio; leaving the loop, or cancelling the task, cancels the generation."""
         cancel = threading.Event()
-        return _from_thread(self.stream(prompt, cancel=cancel, **sampling), cancel)
+        return from_thread(self.stream(prompt, cancel=cancel, **sampling), cancel)
 
     def astream_chat(
         self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None, **sampling: Unpack[Sampling]
     ) -> AsyncIterator[Piece]:
         """`stream_chat` for asyncio, as `astream`."""
         cancel = threading.Event()
-        return _from_thread(self.stream_chat(messages, tools=tools, cancel=cancel, **sampling), cancel)
+        return from_thread(self.stream_chat(messages, tools=tools, cancel=cancel, **sampling), cancel)
 
     def release(self) -> None:
         """Give back the memory of the KV caches that nobody uses; the next prompts prefill from the start."""
         self._engine.clear()
 
-    def export_cache(self, prompt: str | Sequence[int]) -> KvCache:
-        """The keys and values of a prompt, to park it: in a file, or in memory while the model is unloaded.
+    def export_cache(self, prompt: str | Sequence[int] | list[dict[str, Any]]) -> KvCache:
+        """The keys and values of a prompt, or of a conversation, to park it: in a file, or in memory while the model is
+        unloaded.
 
         What is not in a cache yet is prefilled. `import_cache` takes it up again, on whatever device.
 
@@ -202,9 +200,12 @@ class Model:
             UsageError: the model is recurrent.
         """
         self._need("decoder", "export_cache")
-        tokens = self._tokens(prompt)
-        self._check_prompt(tokens, room=0)
-        return self._engine.export(tokens)
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+            asked = self._chat(prompt, None)
+        else:
+            asked = Prompt.of(self._tokens(prompt))  # type: ignore[arg-type]
+        self._check_prompt(asked.ids, room=0)
+        return self._engine.export(asked.tokens, asked.media)
 
     def import_cache(self, cache: KvCache) -> None:
         """Keep a cache that `export_cache` gave; the next prompt that begins with its tokens goes on from it.
@@ -225,6 +226,10 @@ class Model:
         size = min(self._chunk, run.executor.max_chunk)
         chunks = [tokens[i : i + size] for i in range(0, len(tokens), size)]
         return np.concatenate([run.forward(chunk, keep=len(chunk)).astype(np.float32) for chunk in chunks])
+
+    def _chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Prompt:
+        plain, media = self._prompts.split(messages)
+        return self._prompts.expand(self.tokenizer.encode_chat(plain, tools=tools), media)
 
     def _provenance(self) -> Provenance:
         return "emulated" if self._engine.executor.emulated else "measured"
@@ -266,7 +271,7 @@ class Model:
 
     def _run(
         self,
-        tokens: list[int],
+        prompt: Prompt,
         params: SamplingParams,
         cancel: threading.Event | None,
         decoder: StreamDecoder,
@@ -274,19 +279,23 @@ class Model:
     ) -> Iterator[Piece]:
         cancel = cancel or threading.Event()
         clock.resume()
-        run = self._engine.take(tokens)
-        clock.prompt_tokens, clock.reused = len(tokens), run.past
-        sampler = Sampler(params, prompt_tokens=len(tokens))
-        history = list(tokens)
+        run = self._engine.take(prompt.tokens, prompt.media)
+        clock.prompt_tokens, clock.reused = len(prompt.tokens), run.past
+        sampler = Sampler(params, prompt_tokens=len(prompt.tokens))
+        history = list(prompt.tokens)
+        ids = list(prompt.ids) if prompt.media else history  # what the sampler looks at
         healthy = False  # a sequence that a device failed on, or that was left in the middle, is not used again
         try:
             run, logits = self._engine.advance(run, history, clock, cancel)
+            clock.events += [event for medium in prompt.media.values() for event in medium.events]
             reason: FinishReason | None = "cancelled" if logits is None or cancel.is_set() else None
             while reason is None:
                 assert logits is not None
-                sampled = sampler.sample(logits[0], history)
+                sampled = sampler.sample(logits[0], ids)
                 token = sampled.token
                 history.append(token)
+                if ids is not history:
+                    ids.append(token)
                 clock.new_tokens += 1
                 ended = token in self.facts.eos_token_ids
                 text = "" if ended else decoder.push(token)
@@ -348,12 +357,14 @@ def load(
     Raises:
         BundleError, PlanError, DeviceError: the bundle, plan or device cannot be used; or, for an objective, this
             machine has no profile, or one that is stale or lacks what the objective needs.
-        UsageError: more than one of `plan`, `device`, `place` and `objective`, or a number below its limit.
+        UsageError: more than one of `plan`, `device`, `place` and `objective`, a number below its limit, or a bundle
+            that makes no text (see `load_denoiser`).
     """
     for name, value, least in (("prefill_chunk", prefill_chunk, 1), ("max_idle", max_idle, 0)):
         if not isinstance(value, int) or value < least:
             raise UsageError(f"{name} is {value!r}, expected a whole number from {least}")
     bundle = Bundle.open(Path(path), verify=verify)
+    bundle.require_text()
     chosen = choose_plan(bundle, plan=plan, device=device, place=place, objective=objective, shapes=static_shapes)
     if not isinstance(device_timeout_s, (int, float)) or not 0 < device_timeout_s <= MAX_TIMEOUT_S:
         raise UsageError(
@@ -371,29 +382,6 @@ def load(
         shapes=static_shapes,
         timeout_s=device_timeout_s,
     )
-    return Model(bundle, engine, prefill_chunk=prefill_chunk)
-
-
-# Whoever calls these has asyncio already; for all others it would be a tenth of what importing edgert takes.
-async def _in_thread(work: Callable[[threading.Event], T]) -> T:
-    import asyncio
-
-    cancel = threading.Event()
-    task = asyncio.create_task(asyncio.to_thread(work, cancel))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        cancel.set()
-        await asyncio.wait([task])
-        task.exception()  # looked at, so asyncio does not complain of it
-        raise
-
-
-async def _from_thread(pieces: Iterator[Piece], cancel: threading.Event) -> AsyncIterator[Piece]:
-    import asyncio
-
-    try:
-        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
-            yield piece
-    finally:
-        cancel.set()
+    width = engine.executor.taken.width
+    towers = Towers(bundle, lambda: engine.executor.plan, fallback=takes_over, timeout_s=device_timeout_s, width=width)
+    return Model(bundle, engine, towers, prefill_chunk=prefill_chunk)

@@ -13,6 +13,7 @@ from edgert.bucketed import StaticCompiled
 from edgert.bundle import Bundle
 from edgert.device import DeviceKind
 from edgert.errors import BundleError, DeviceFailedError, PlanError, cause
+from edgert.features import Taken
 from edgert.graph import BOUNDARY, Block, BlockGraph
 from edgert.guard import guarded
 from edgert.inplace import KernelCompiled
@@ -32,10 +33,15 @@ log = logging.getLogger("edgert")
 
 @dataclass(frozen=True)
 class Stage:
-    """A placement, compiled."""
+    """A placement, compiled.
+
+    Attributes:
+        states: ids of the keys and values, and other states, in it; None without a block graph, where nobody knows.
+    """
 
     placement: Placement
     compiled: Compiled
+    states: tuple[str, ...] | None = None
 
 
 Chains = tuple[tuple[Stage, ...], ...]
@@ -50,8 +56,8 @@ def build(
     timeout_s: float,
     library: Library | None = None,
     blocks: Collection[int] | None = None,
-) -> Chains:
-    """Compile a plan.
+) -> tuple[Chains, Taken]:
+    """Compile a plan; also tells what the model takes beside tokens.
 
     Args:
         shapes: for static stages; None where there are none.
@@ -74,6 +80,7 @@ def build(
     try:
         model = core().read_model(path)  # weights stay memory-mapped
         _check_recipe(model, graph, plan)
+        taken = _taken(model, bundle)
         keep_last_logits(model, graph)
         phases = [
             (placements, _cut(model, graph, placements))
@@ -95,7 +102,7 @@ def build(
     made: dict[tuple[object, ...], Stage] = {}
     chains = []
     for placements, submodels in phases:
-        axes = _axes(submodels[0], placements)
+        axes = _axes(submodels, placements)
         keys = [_key(p, submodel) for p, submodel in zip(placements, submodels, strict=True)]
         for p, submodel, key in zip(placements, submodels, keys, strict=True):
             if key in made:
@@ -104,9 +111,10 @@ def build(
             if p.config.kernels and kernels is not None:
                 shared = len(phases) > 1 and submodel is model  # the uncut model may be the other phase's, too
                 ours = submodel.clone() if shared else submodel
-                made[key] = Stage(p, kernels.compile(backends[p.config], ours, p, own))
+                compiled = kernels.compile(backends[p.config], ours, p, own)
             else:
-                made[key] = Stage(p, _compile(backends[p.config], submodel, p, own, axes, shapes, timeout_s, library))
+                compiled = _compile(backends[p.config], submodel, p, own, axes, shapes, timeout_s, library)
+            made[key] = Stage(p, compiled, tuple(state for block in own for state in block.states))
         chains.append(tuple(made[key] for key in keys))
     if kernels is not None:
         kernels.warn()
@@ -114,7 +122,12 @@ def build(
         for stage in chain:
             if isinstance(stage.compiled, StaticCompiled):
                 stage.compiled.prepare(prefill=phase == "prefill")
-    return tuple(chains)
+    return tuple(chains), taken
+
+
+def _taken(model: ov.Model, bundle: Bundle) -> Taken:
+    image = bundle.media.image if bundle.media is not None else None
+    return Taken.of(model, bundle.facts.vocab_size, image.grid if image is not None else None)
 
 
 def _only(
@@ -128,8 +141,12 @@ def _only(
         for port in submodel.outputs
         for name in port.get_names() - {BOUNDARY}
     }
-    needed = {name for n in kept for port in submodels[n].inputs for name in port.get_names()}
-    kept |= {n for name, n in given.items() if name in needed}
+    while True:  # what gives a tensor may take another one itself
+        needed = {name for n in kept for port in submodels[n].inputs for name in port.get_names()}
+        more = {n for name, n in given.items() if name in needed} - kept
+        if not more:
+            break
+        kept |= more
     return tuple(placements[n] for n in sorted(kept)), [submodels[n] for n in sorted(kept)]
 
 
@@ -170,10 +187,10 @@ def _cut(model: ov.Model, graph: BlockGraph, placements: Sequence[Placement]) ->
     return cut(model, graph, [(p.first, p.last) for p in placements], static)
 
 
-def _axes(first: ov.Model, placements: Sequence[Placement]) -> dict[str, Axes]:
-    from edgert.static import prelude_axes
+def _axes(submodels: Sequence[ov.Model], placements: Sequence[Placement]) -> dict[str, Axes]:
+    from edgert.static import shared_axes
 
-    return prelude_axes(first) if any(p.config.static for p in placements) else {}
+    return shared_axes(submodels) if any(p.config.static for p in placements) else {}
 
 
 def _key(p: Placement, submodel: ov.Model) -> tuple[object, ...]:
@@ -232,10 +249,11 @@ def _compile(
     timeout_s: float,
     library: Library | None,
 ) -> Compiled:
-    from edgert import lowering
+    from edgert import experts, lowering
 
     config = placement.config
-
+    if config.kind in {DeviceKind.GPU, DeviceKind.NPU}:
+        submodel = experts.without_grouped_products(submodel)
     if not config.static or shapes is None:
         if config.half:
             lowering.halve(submodel, lambda name: name == BOUNDARY)
@@ -244,6 +262,7 @@ def _compile(
 
     names = {name for port in submodel.inputs for name in port.get_names()}
     own = {name: dims for name, dims in axes.items() if name in names}
+    given = {name: axes[name] for port in submodel.outputs for name in port.get_names() & axes.keys()}
 
     def lower(shape: StaticShape) -> ov.Model:
         return static.lower(submodel, shape, own, half=config.half)
@@ -267,9 +286,9 @@ def _compile(
     def guard(runner: TensorRunner) -> Runner:
         return guarded(runner, config, timeout_s)
 
-    caches, head = static.caches(submodel), KEEP in names
-    expected = {BOUNDARY, *own, *(f"{PAST}{state}" for state in caches)}
-    compiled = StaticCompiled(build_shape, guard, own, caches, shapes, head=head)
+    caches, fixed, head = static.caches(submodel), static.fixed_states(submodel), KEEP in names
+    expected = {BOUNDARY, *own, *(f"{PAST}{state}" for state in (*caches, *fixed))}
+    compiled = StaticCompiled(build_shape, guard, own, caches, shapes, head=head, fixed=fixed, given=given)
     if library is not None and config.kind is DeviceKind.NPU:
         for shape in compiled.every_shape:  # now, or a bucket may be missing in the middle of an answer
             library.require((placement.first, placement.last), shape, lambda shape=shape: lower(shape))  # type: ignore[misc]

@@ -29,6 +29,7 @@ class FakeLane:
     def __init__(self, lanes: FakeLanes) -> None:
         self.lanes = lanes
         self.tokens: list[int] = []
+        self.media: object = {}
         self.closed = False
 
     @property

@@ -336,9 +336,9 @@ def test_what_is_not_supported_is_refused_by_name(http: httpx.Client, path: str,
     assert http.post(f"/v1/{path}", json={**good, field: None}).status_code == 200
 
 
-def test_images_are_refused_by_name(client: OpenAI) -> None:
-    part: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
-    with pytest.raises(openai.BadRequestError, match="image_url are not supported") as caught:
+def test_files_are_refused_by_name(client: OpenAI) -> None:
+    part: Any = {"type": "file", "file": {"file_id": "file-1"}}
+    with pytest.raises(openai.BadRequestError, match="of type file are not supported") as caught:
         client.chat.completions.create(model="echo", messages=[{"role": "user", "content": [part]}])
     assert caught.value.param == "messages.0.content.0"
 

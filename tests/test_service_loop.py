@@ -25,6 +25,7 @@ class Fake:
 
     def __init__(self, id: int, prompt: list[int], new: int, background: bool = False) -> None:
         self.id, self.background, self.tokens, self.prompt_tokens = id, background, list(prompt), len(prompt)
+        self.media: dict[int, Any] = {}
         self.new_tokens = 0
         self.finish_reason: Any = None
         self.params = SimpleNamespace(max_tokens=new)

@@ -24,10 +24,12 @@ SRC is one of
   an ONNX file or folder              decoder with past, or encoder; config.json and tokenizer.json beside it
   an OpenVINO IR folder               as optimum-intel and OpenVINO GenAI write it
   a GGUF file                         read by OpenVINO's own frontend, weights as they are
+  a diffusers pipeline's folder       LTX-Video, LTX-2: its transformer alone, for edgert.load_denoiser
 
 examples
   edgert compile ./Qwen3-0.6B -o qwen3.edge
   edgert compile ./Qwen3-0.6B -o qwen3.edge --weights int4 --group-size 64 --awq --dataset texts.txt
+  edgert compile ./Qwen3-VL-2B -o qwen3-vl.edge --image-size 448x672
   edgert compile model.gguf -o model.edge
   edgert compile ./Qwen3-0.6B -o qwen3.edge --max-ppl-increase 1% --calibration texts.txt
   edgert compile ./Qwen3-0.6B -o qwen3.edge --max-ppl-increase 1% --target lunarlake
@@ -84,6 +86,11 @@ def add_parser(subparsers: Subparsers) -> None:
         "--kernels", action=argparse.BooleanOptionalAction,
         help="weights packed for edgert's CPU kernels, another copy (default: where the kernels load)",
     )  # fmt: skip
+    parser.add_argument(
+        "--image-size", type=_size, metavar="HEIGHTxWIDTH",
+        help="pixels that the vision tower is made for (default: the model's own, or up to 256 tokens)",
+    )  # fmt: skip
+    parser.add_argument("--text-only", action="store_true", help="leave out the towers for images and sound")
     parser.add_argument("--name", help="the model's name for people (default: from SRC)")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.set_defaults(run=run)
@@ -139,6 +146,8 @@ def run(options: argparse.Namespace) -> int:
             target_devices=options.target_devices,
             objective=options.objective,
             seed=options.seed,
+            image_size=options.image_size,
+            text_only=options.text_only,
             progress=progress,
             advance=advance,
         )
@@ -152,6 +161,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    return int(height), int(width or height)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

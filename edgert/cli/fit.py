@@ -6,13 +6,14 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Column, Table
 
 from edgert.architecture import PRECISIONS, Weights
-from edgert.catalogue import CatalogueModel, find
+from edgert.catalogue import CatalogueModel, find, from_file
 from edgert.cli.options import Subparsers, console, find_profile, print_json
 from edgert.cost import Costs, Workload
 from edgert.device import DeviceKind
@@ -35,6 +36,7 @@ EPILOG = """\
 examples
   edgert fit --profile lunarlake --memory 16
   edgert fit --profile lunarlake --memory 32 --context 16384 --weights int4 --objective latency
+  edgert fit --profile lunarlake --memory 32 ./Qwen3-30B-A3B/config.json
   edgert fit --profile pantherlake --memory 32 --model qwen3 --model gpt-oss --price-kwh 0.30 --api-price 0.60
 
 Each model runs on the one device configuration of the profile that suits the objective best; `edgert plan MODEL`
@@ -53,6 +55,9 @@ def add_parser(subparsers: Subparsers) -> None:
         "--reserve", type=float, default=RESERVE_GIB, metavar="GIB",
         help="of it for the system, other programs and what the runtime needs beside a model (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "configs", nargs="*", type=Path, metavar="CONFIG", help="a config.json or its folder, instead of the catalogue"
+    )
     parser.add_argument("--model", action="append", metavar="NAME", help="only models with this in their name; repeat")
     parser.add_argument("--weights", action="append", choices=PRECISIONS, help="only this precision; repeat")
     parser.add_argument(
@@ -74,9 +79,11 @@ class Row:
     Attributes:
         model, weights: which.
         parameters: of the text model; active_parameters: those that one token uses.
-        memory_bytes: weights, keys and values at the context length, on the configuration named; without the reserve.
+        memory_bytes: weights, those of towers for images and sound too, keys, values and states at the context length,
+            on the configuration named; without the reserve.
         config: where it would run; None where the profile has no configuration that takes the model.
-        why_not: why it does not fit; None where it does. The speeds are then None.
+        why_not: why it does not fit; None where it does. The speeds are then None, as are those of a
+            diffusion transformer, which makes no tokens.
         prefill_tokens_per_second, ttft_ms: of the prompt.
         decode_tokens_per_second: of the tokens after the first.
         joules_per_token: of the whole machine over prompt and continuation, for each new token; None where not known.
@@ -107,7 +114,7 @@ class Row:
 def run(options: argparse.Namespace) -> int:
     profile = find_profile(options.profile)
     room = _room(options, profile)
-    chosen = find(options.model or [])
+    chosen = _chosen(options)
     rows = [
         _row(entry, weights, profile, room, options)
         for entry in chosen
@@ -120,6 +127,14 @@ def run(options: argparse.Namespace) -> int:
     else:
         _print(rows, chosen, options, profile, room)
     return 0
+
+
+def _chosen(options: argparse.Namespace) -> tuple[CatalogueModel, ...]:
+    """Models by their configurations, by name, or all of the catalogue."""
+    if not options.configs:
+        return find(options.model or [])
+    given = tuple(from_file(path) for path in options.configs)
+    return (*given, *find(options.model)) if options.model else given
 
 
 def _room(options: argparse.Namespace, profile: Profile) -> int:
@@ -152,6 +167,7 @@ def _row(entry: CatalogueModel, weights: Weights, profile: Profile, room: int, o
     context = shape.context_length
     shapes = StaticShapes((load.chunk,)).within(max(options.context, load.chunk))
     usual, packed = (Costs(s.graph, profile, shapes) for s in (shape, entry.shape(weights, group_size=-1)))
+    towers = sum(tower.total_weight_bytes for tower in shape.graph.towers)
     needed: dict[str, int] = {}
     found: list[tuple[str, Prediction]] = []
     refused = "the profile names no device"
@@ -163,7 +179,7 @@ def _row(entry: CatalogueModel, weights: Weights, profile: Profile, room: int, o
         except PlanError as error:
             refused = str(error)
             continue
-        needed[str(config)] = sum(memory_bytes(costs, plan, options.context).values())
+        needed[str(config)] = sum(memory_bytes(costs, plan, options.context).values()) + towers
         if needed[str(config)] <= room and (context is None or options.context <= context):
             found.append((str(config), predict(costs, plan, load)))
     if not needed:
@@ -174,6 +190,8 @@ def _row(entry: CatalogueModel, weights: Weights, profile: Profile, room: int, o
         why = f"its context holds {context} tokens" if context is not None and context < options.context else short
         return Row(**facts, memory_bytes=needed[least], config=least, why_not=why, notes=shape.notes)
     config_name, best = min(found, key=lambda item: _rank(item[1], options.objective))
+    if not shape.vocab_size:  # a diffusion transformer: no prompt, no new tokens
+        return Row(**facts, memory_bytes=needed[config_name], config=config_name, why_not=None, notes=shape.notes)
     joules = None if best.energy_uj is None else best.energy_uj / 1e6 / load.new_tokens
     price = None if joules is None or options.price_kwh is None else joules * 1e6 / JOULES_PER_KWH * options.price_kwh
     notes = [PACKED] * (weights == "int4" and config_name.startswith(DeviceKind.NPU)) + [UNPACKED] * (weights == "fp16")
@@ -248,8 +266,9 @@ def _print(
         if part.row_count:
             out.print(part)
     out.print(
-        f"GiB: weights (twice where shapes are static), keys and values for {options.context} tokens, by each model's "
-        f"shape; {_gibibytes(room)} are left of the machine's, as {options.reserve:g} are assumed to go elsewhere."
+        "GiB: weights (twice where shapes are static), towers for images and sound, keys and values for "
+        f"{options.context} tokens, by each model's shape; {_gibibytes(room)} are left of the machine's, as "
+        f"{options.reserve:g} are assumed to go elsewhere."
     )
     out.print(
         f"Speed and energy: a prompt of {options.prompt} in chunks of {Workload.chunk}, and {options.new} new tokens; "

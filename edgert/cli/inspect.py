@@ -35,7 +35,10 @@ def run(options: argparse.Namespace) -> int:
         graph = bundle.graph.to_json() if bundle.graph else None
         facts, report = asdict(bundle.facts), asdict(bundle.report)
         npu = {"blobs": [asdict(blob) for blob in blobs], "weight_copy_bytes": _weight_copies(bundle, blobs)}
-        print_json({"model": facts, "report": report, "files": bundle.files, "graph": graph, "npu": npu})
+        media = bundle.media.to_json() if bundle.media else None
+        print_json(
+            {"model": facts, "report": report, "files": bundle.files, "graph": graph, "media": media, "npu": npu}
+        )
         return 0
     out = console()
     out.print(str(bundle.path), soft_wrap=True)  # a title would be wrapped at the table's width
@@ -46,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
         table.add_row(
             "blocks", str(len(bundle.graph.blocks)) + (f" ({bundle.graph.reason})" if bundle.graph.reason else "")
         )
+    for name, text in _media(bundle):
+        table.add_row(name, text)
     out.print(table)
     print_report(out, bundle)
     if bundle.report.quality is not None:
@@ -57,6 +62,20 @@ def run(options: argparse.Namespace) -> int:
         files.add_row(name, size(entry["bytes"]), entry["sha256"][:12])
     out.print(files)
     return 0
+
+
+def _media(bundle: Bundle) -> list[tuple[str, str]]:
+    """What it takes beside text, in words."""
+    if bundle.media is None:
+        return []
+    image, audio, found = bundle.media.image, bundle.media.audio, []
+    if image is not None:
+        how = f"tower {image.tower}, {image.height} × {image.width} pixels ({image.fit})"
+        found.append(("images", f"{how}, {image.tokens} tokens a picture"))
+    if audio is not None:
+        most = audio.tokens(audio.frames) * audio.max_pieces
+        found.append(("sound", f"tower {audio.tower}, up to {audio.seconds:g} s, at most {most} tokens"))
+    return found
 
 
 def _print_quality(out: Console, bundle: Bundle, quality: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgert import architecture, catalogue
-from edgert.architecture import ModelShape, Weights
+from edgert.architecture import PIPELINE, ModelShape, Weights
 from edgert.bundle import MANIFEST, Bundle
 from edgert.errors import BundleError, MissingDependencyError, UsageError, cause
 from edgert.graph import BlockGraph
@@ -50,7 +50,7 @@ def find_model(source: str, weights: Weights | None = None) -> PlannedModel:
         folder, file = path.is_dir(), path.is_file()
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise UsageError(f"model {source}: {error.strerror}") from error
-    if folder and ((path / MANIFEST).exists() or not (path / "config.json").exists()):
+    if folder and ((path / MANIFEST).exists() or not any((path / name).exists() for name in ("config.json", PIPELINE))):
         return _from_bundle(path, weights)
     precision: Weights = weights or "int4"
     if folder or file:

@@ -27,7 +27,7 @@ def add_placement(parser: argparse.ArgumentParser) -> Group:
         "--place",
         metavar="RULES",
         help="place blocks by kind, name, index or range, e.g. attention=CPU@bf16,ffn=GPU (later rules win); "
-        "prefill: or decode: before a rule limits it to that phase",
+        "prefill: or decode: before a rule limits it to that phase; towers by name, e.g. vision=NPU,*=CPU",
     )
     group.add_argument("--plan", metavar="FILE", help="a plan written by `edgert plan --save`")
     return group

@@ -275,6 +275,11 @@ def _print_blocks(out: Console, model: PlannedModel, plan: Plan, *, each: bool) 
         kv = size(first.kv_bytes_per_token) if first.kv_bytes_per_token else ""
         numbers = [types if each else row.weights, f"{first.flops_per_token / 1e6:.2f}", kv]
         table.add_row(*([str(first.index)] if each else []), row.name, *numbers, *row.configs)
+    if model.graph.towers:
+        table.add_section()
+    for tower in model.graph.towers:  # before both phases, and for pictures and sound alone
+        types = " + ".join(f"{size(n)} {kind}" for kind, n in tower.weight_bytes.items())
+        table.add_row(*(["tower"] if each else []), tower.name, types, "", "", str(plan.tower(tower.name)))
     out.print(table)
 
 
@@ -338,7 +343,7 @@ def _with_warnings(plan: Plan, model: PlannedModel, elsewhere: Profile | None = 
         if p.config.kind is DeviceKind.NPU and model.bundle is not None:
             missing += [str(finding) for finding in _recipe(model.bundle, range(p.first, p.last + 1))]
     absent = {}
-    for config in plan.configs:
+    for config in dict.fromkeys((*plan.configs, *plan.towers.values())):
         try:
             require(config)
         except EdgertError as error:

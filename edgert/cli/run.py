@@ -1,4 +1,4 @@
-"""`edgert run`: text from a prompt, or a chat."""
+"""`edgert run`: text from a prompt, or a chat, with pictures and sound where the model takes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any
 from edgert.cli.options import Subparsers, add_objective, add_placement, console, placement, print_json
 from edgert.errors import EmptyPromptError, UsageError
 from edgert.results import Piece
-from edgert.session import Model, Sampling, load
+from edgert.sampling import Sampling
+from edgert.session import Model, load
+
+Messages = list[dict[str, Any]]
 
 EPILOG = """\
 examples
@@ -19,6 +22,7 @@ examples
   edgert run demo.edge "It was" --temperature 0.8 --top-p 0.95 --seed 7 --max-tokens 100
   edgert run demo.edge --chat "Good evening"       one answer in the model's chat template
   edgert run demo.edge                             a conversation; an empty line or Ctrl-D ends it
+  edgert run gemma.edge --image cat.png "What is this?"
   echo "It was" | edgert run demo.edge --json
 """
 
@@ -29,6 +33,12 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("prompt", nargs="?", help="the text to continue (default: a conversation, or standard input)")
     parser.add_argument("--chat", action="store_true", help="treat the prompt as a user's message")
     parser.add_argument("--system", help="a system message for the conversation")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture for the first message; repeatable"
+    )
+    parser.add_argument(
+        "--audio", action="append", default=[], metavar="FILE", help="a WAV file for the first message; repeatable"
+    )
     add_objective(add_placement(parser))
     group = parser.add_argument_group("sampling")
     group.add_argument("--max-tokens", type=int, help="default: 256 or what is left of the context")
@@ -48,7 +58,9 @@ def run(options: argparse.Namespace) -> int:
     prompt = _piped() if options.prompt is None else str(options.prompt)
     if prompt is None and options.json:
         raise UsageError("--json: a conversation is no JSON object; give a prompt")
-    if prompt is not None and options.system is not None and not options.chat:
+    parts = _parts(options)
+    chat = options.chat or bool(parts)
+    if prompt is not None and options.system is not None and not chat:
         raise UsageError("--system: a prompt that is continued has no system message; add --chat")
     model = load(options.bundle, **placement(options), verify=options.verify)
     for warning in model.plan.warnings:
@@ -64,11 +76,11 @@ def run(options: argparse.Namespace) -> int:
     }
     if options.max_tokens is not None:
         sampling["max_tokens"] = options.max_tokens
-    opening = [{"role": "system", "content": options.system}] if options.system is not None else []
+    opening: Messages = [{"role": "system", "content": options.system}] if options.system is not None else []
     if prompt is None:
-        return _converse(model, opening, sampling)
-    if options.chat:
-        pieces = model.stream_chat([*opening, {"role": "user", "content": prompt}], **sampling)
+        return _converse(model, opening, parts, sampling)
+    if chat:
+        pieces = model.stream_chat([*opening, _message(parts, prompt)], **sampling)
     else:
         pieces = model.stream(prompt, **sampling)
     if options.json:
@@ -76,6 +88,17 @@ def run(options: argparse.Namespace) -> int:
         return 0
     _show(pieces)
     return 0
+
+
+def _parts(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Pictures and sound of the command line, as parts of a message."""
+    images = [{"type": "image", "image": name} for name in options.image]
+    return images + [{"type": "audio", "audio": name} for name in options.audio]
+
+
+def _message(parts: list[dict[str, Any]], text: str) -> dict[str, Any]:
+    """What a user says; without parts just the text, which every chat template takes."""
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
 
 
 def _piped() -> str | None:
@@ -127,7 +150,7 @@ def _as_json(model: Model, pieces: Iterator[Piece]) -> dict[str, Any]:
     }
 
 
-def _converse(model: Model, opening: list[dict[str, str]], sampling: Sampling) -> int:
+def _converse(model: Model, opening: Messages, parts: list[dict[str, Any]], sampling: Sampling) -> int:
     messages = list(opening)
     while True:
         try:
@@ -137,7 +160,7 @@ def _converse(model: Model, opening: list[dict[str, str]], sampling: Sampling) -
             return 0
         if not said.strip():
             return 0
-        messages.append({"role": "user", "content": said})
+        messages.append(_message(parts if len(messages) == len(opening) else [], said))
         try:
             answer = _show(model.stream_chat(messages, **sampling))
         except KeyboardInterrupt:  # ends the answer, not the conversation

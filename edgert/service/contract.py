@@ -36,7 +36,9 @@ class Request:
     Attributes:
         model: its name, as in `ModelStatus.name`; never a path.
         prompt: text, or token ids.
-        messages, tools: a conversation and JSON schemas of functions, for the model's chat template.
+        messages, tools: a conversation and JSON schemas of functions, for the model's chat template. Content is text,
+            or a list of parts of types `text`, `image_url` (with a `data:` URL) and `input_audio`, as OpenAI writes
+            them.
         sampling: fields of `edgert.SamplingParams`; what is missing has its default. `max_tokens` missing: what is
             left of the context, at most the service's own limit.
         constraint: None for free text.

@@ -213,10 +213,37 @@ def input_message(item: InputItem) -> dict[str, Any]:
     return {"role": "system" if item.role == "developer" else item.role, "content": joined(item.content) or ""}
 
 
-def joined(content: str | Sequence[Part] | None) -> str | None:
+def joined(content: str | Sequence[Part] | None) -> str | list[dict[str, Any]] | None:
+    """Text as one string, as every chat template takes it; a list of parts where images or sound are among them."""
     if content is None or isinstance(content, str):
         return content
-    return "".join(part.text or part.refusal or "" for part in content)
+    parts = [_plain(part) for part in content]
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
+
+
+def _plain(part: Part) -> dict[str, Any]:
+    if part.image_url is not None and part.type in ("image_url", "input_image"):
+        url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
+        return {"type": "image_url", "image_url": {"url": url}}
+    if part.input_audio is not None and part.type == "input_audio":
+        return {"type": "input_audio", "input_audio": {"data": part.input_audio.data, "format": "wav"}}
+    return {"type": "text", "text": part.text or part.refusal or ""}
+
+
+def without_media(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages for people to read: of images and sound only that they are there."""
+
+    def part(each: Any) -> Any:
+        return each if each["type"] == "text" else {"type": each["type"]}
+
+    return [
+        {**message, "content": [part(each) for each in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else dict(message)
+        for message in messages
+    ]
 
 
 def _arguments(text: str, where: str) -> Any:

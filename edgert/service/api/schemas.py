@@ -66,6 +66,7 @@ KeepAlive = Annotated[
         | Annotated[str, Field(pattern=_DURATION)],
     ),
 ]
+DataUrl = Annotated[str, Field(pattern="^[dD][aA][tT][aA]:", max_length=2**26)]
 Token = Annotated[int, Field(ge=0, le=MAX_INT)]
 
 
@@ -80,19 +81,41 @@ class Asked(BaseModel):
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
 
+class ImageUrl(Asked):
+    url: DataUrl
+
+
+class InputAudio(Asked):
+    data: Text
+    format: Literal["wav"]
+
+
 class Part(Asked):
-    type: Literal["text", "input_text", "output_text", "refusal"]
+    """Text, or for models that take them an image or a sound. `detail` of an image changes nothing."""
+
+    type: Literal["text", "input_text", "output_text", "refusal", "image_url", "input_image", "input_audio"]
     text: Text | None = None
     refusal: Text | None = None
+    image_url: ImageUrl | DataUrl | None = None
+    input_audio: InputAudio | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _only_text(cls, data: Any) -> Any:
+    def _known(cls, data: Any) -> Any:
         kind = data.get("type") if isinstance(data, dict) else None
-        if kind in ("image_url", "input_image", "input_audio", "file", "input_file"):
-            raise ValueError(f"parts of type {kind} are not supported, only text")
+        if kind in ("file", "input_file", "video_url"):
+            raise ValueError(f"parts of type {kind} are not supported, only text, images and sound")
         if kind in ("text", "input_text", "output_text") and not isinstance(data.get("text"), str):
             raise ValueError(f"a part of type {kind} needs its text")
+        if kind in ("image_url", "input_image"):
+            given = data.get("image_url")
+            url = given.get("url") if isinstance(given, dict) else given
+            if not isinstance(url, str):
+                raise ValueError(f"a part of type {kind} needs its image_url: a data: URL")
+            if not url[:5].lower() == "data:":
+                raise ValueError("image_url: only data: URLs are taken, no other URL is ever fetched")
+        if kind == "input_audio" and not isinstance(data.get("input_audio"), dict):
+            raise ValueError("a part of type input_audio needs its input_audio: data and format")
         return data
 
 
@@ -265,7 +288,7 @@ class Reasoning(Asked):
 
 
 class ResponsesRequest(Sampled):
-    """`POST /v1/responses`, for text."""
+    """`POST /v1/responses`, for text, images and sound."""
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "background": (False,), "background_options": (), "context_management": ([],), "conversation": (), "image": (),

@@ -65,7 +65,9 @@ class State:
         """Keep what was asked for the log, where the service is told to."""
         if self.settings.log_prompts:
             record = self.record(http)
-            record.prompt = request.messages if request.prompt is None else request.prompt
+            from edgert.service.api.asking import without_media
+
+            record.prompt = without_media(request.messages or ()) if request.prompt is None else request.prompt
             record.answer = []
 
 

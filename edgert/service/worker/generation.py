@@ -9,12 +9,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgert.errors import ContextOverflowError, EmptyPromptError, SamplingError, UsageError
+from edgert.features import Medium
+from edgert.prompts import Prompt, Prompts
 from edgert.results import FinishReason
 from edgert.sampling import Sampled, Sampler, SamplingParams
 from edgert.service.protocol import Piece, Start
@@ -59,6 +61,7 @@ class Language:
         vocab_size: of the logits.
         context: the largest number of tokens, prompt and answer together.
         max_tokens: of an answer whose request does not say.
+        prompts: takes images and sound out of messages.
     """
 
     tokenizer: Tokenizer
@@ -68,6 +71,7 @@ class Language:
     vocab_size: int
     context: int
     max_tokens: int
+    prompts: Prompts | None = None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """As the tokenizer's; a text that cannot fit is turned away before minutes are spent on it.
@@ -102,7 +106,9 @@ class Generation:
     Attributes:
         id: the server's number of it.
         background: whether interactive ones come first.
-        tokens: prompt and answer so far.
+        tokens: prompt and answer so far, with negative ones for images and sound: see `edgert.features`.
+        ids: the model's own in their place.
+        media: what is behind the negative ones.
         prompt_tokens: how many of them are the prompt.
         new_tokens, reasoning_tokens: generated, and how many of them were thoughts.
         finish_reason: None while it goes on.
@@ -115,12 +121,13 @@ class Generation:
         self.id = start.id
         self.background = start.background
         self._language = language
-        self.tokens = _prompt(start, language)
+        prompt = _prompt(start, language)
+        self.tokens, self.ids, self.media = prompt.tokens, prompt.ids, prompt.media
         self.prompt_tokens = len(self.tokens)
         self.new_tokens = self.reasoning_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.params = _params(start, language, self.prompt_tokens)
-        language.check(self.tokens, self.params.max_tokens)
+        language.check(self.ids, self.params.max_tokens)
         self._sampler = Sampler(self.params, prompt_tokens=self.prompt_tokens)
         if start.reasoning_budget is not None and start.reasoning_budget < 0:
             raise UsageError(f"reasoning_budget is {start.reasoning_budget}, expected 0 or more")
@@ -130,13 +137,13 @@ class Generation:
             self._grammar = language.grammars.compile(start.constraint, start.constraint_value)
         chat = start.messages is not None
         marks = language.thoughts if chat else None  # a plain text may hold such a token, and shows it
-        state = None if marks is None else _state(self.tokens, marks, language.tokenizer)
+        state = None if marks is None else _state(self.ids, marks, language.tokenizer)
         self._marks = marks
         self._thinking = state == "open"
         self._may_think = state == "none"  # until the first token
         self._trim = self._thinking  # white space that only parts thoughts and answer
         self._thoughts = StreamDecoder(language.tokenizer)
-        self._answer = StreamDecoder(language.tokenizer, self.params.stop, prompt=() if chat else self.tokens)
+        self._answer = StreamDecoder(language.tokenizer, self.params.stop, prompt=() if chat else self.ids)
         self._replay(start.generated)
 
     def feed(self, logits: Floats) -> Piece:
@@ -187,7 +194,7 @@ class Generation:
             allowed = self._grammar.allowed()
             if self._marks is not None and self._may_think:
                 allowed[self._marks.opens] = True
-        return self._sampler.sample(logits, self.tokens, allowed)
+        return self._sampler.sample(logits, self.ids, allowed)
 
     @property
     def _must_answer(self) -> bool:
@@ -206,6 +213,8 @@ class Generation:
     def _take(self, token: int) -> tuple[str, bool]:
         """Go on after a token, sampled or replayed; its text, and whether that is a thought."""
         self.tokens.append(token)
+        if self.ids is not self.tokens:
+            self.ids.append(token)
         self.new_tokens += 1
         text, reasoning = self._read(token)
         if self.finish_reason is None and self.new_tokens >= self.params.max_tokens:
@@ -258,16 +267,21 @@ class Generation:
         return tokenizer.decode([token]) or tokenizer.token(token) or ""
 
 
-def _prompt(start: Start, language: Language) -> list[int]:
+def _prompt(start: Start, language: Language) -> Prompt:
     if (start.prompt is None) == (start.messages is None):
         raise UsageError("request: expected either a prompt or messages")
     if start.messages is not None:
-        text = language.tokenizer.render_chat(start.messages, start.tools, variables=start.template)
-        return language.encode(text, special=False)  # the template places bos
+        messages: list[dict[str, Any]] = start.messages
+        media: list[Medium] = []
+        if language.prompts is not None:
+            messages, media = language.prompts.split(messages)
+        text = language.tokenizer.render_chat(messages, start.tools, variables=start.template)
+        tokens = language.encode(text, special=False)  # the template places bos
+        return Prompt.of(tokens) if language.prompts is None else language.prompts.expand(tokens, media)
     if isinstance(start.prompt, str):
-        return language.encode(start.prompt)
+        return Prompt.of(language.encode(start.prompt))
     try:
-        return [operator.index(token) for token in start.prompt or ()]
+        return Prompt.of([operator.index(token) for token in start.prompt or ()])
     except TypeError as error:
         raise UsageError(f"prompt: expected text or a sequence of token ids: {error}") from error
 

@@ -13,12 +13,14 @@ from edgert.bundle import Bundle
 from edgert.errors import CacheFullError, DeviceFailedError, DeviceNonsenseError
 from edgert.executor import Executor
 from edgert.placement import Plan
+from edgert.prompts import Prompts
 from edgert.service.protocol import Load
 from edgert.service.worker.generation import Language, Thoughts
 from edgert.service.worker.grammar import Grammars
 from edgert.service.worker.loop import Speed
 from edgert.service.worker.plans import unit_of_logits
 from edgert.text import Tokenizer
+from edgert.towers import Towers
 
 MOST_IDLE = 64
 
@@ -58,8 +60,10 @@ def open_bundle(load: Load) -> Bundle:
 
     Raises:
         BundleError: it is damaged.
+        UsageError: its model makes no text.
     """
     bundle = Bundle.open(Path(load.bundle), verify=load.verify)
+    bundle.require_text()
     if load.threads > 0 and bundle.facts.format == "openvino":
         use_threads(load.threads)
     return bundle
@@ -98,7 +102,7 @@ def put_on(bundle: Bundle, plan: Plan, load: Load) -> OnPlan:
     return OnPlan(plan, executor, lanes, context, speed)
 
 
-def language_of(bundle: Bundle, context: int, load: Load) -> Language:
+def language_of(bundle: Bundle, context: int, load: Load, towers: Towers) -> Language:
     """What generations must know of a bundle.
 
     Raises:
@@ -114,6 +118,7 @@ def language_of(bundle: Bundle, context: int, load: Load) -> Language:
         facts.vocab_size,
         context,
         load.max_tokens,
+        Prompts(towers, local=False),
     )
 
 

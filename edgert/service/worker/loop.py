@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from edgert.errors import CacheFullError, DeviceError, DeviceFailedError, UsageError
+from edgert.errors import CacheFullError, DeviceError, DeviceFailedError, EdgertError, UsageError
+from edgert.features import needed, whole
 from edgert.service.protocol import Piece, Refused, Started, Step
 from edgert.service.worker.generation import Generation
 from edgert.service.worker.prefixes import Prefixes
@@ -296,9 +297,9 @@ class Loop:
     def _chosen(self, told: list[Started | Step | Refused]) -> list[tuple[Task, Lane, int, int]]:
         """What runs next: of each task its lane, and from where to where of its tokens."""
         wanted = [Work(task.generation.background, task.left, task.generating) for task in self.running]
-        work = []
+        work, running = [], list(self.running)
         for index, tokens in choose(wanted, self.limits, self.speed, self._turn):
-            task = self.running[index]
+            task = running[index]
             if task.lane is None:
                 task.lane = self._lane(task)
                 if not task.announced:
@@ -306,8 +307,26 @@ class Loop:
                     cached = min(len(task.lane.tokens), generation.prompt_tokens)
                     told.append(Started(generation.id, generation.prompt_tokens, cached))
             start = len(task.lane.tokens)
-            work.append((task, task.lane, start, min(start + tokens, len(task.generation.tokens))))
+            end = min(start + tokens, len(task.generation.tokens))
+            if task.generation.media:
+                end = whole(task.generation.tokens, start, end) if self.lanes.together else end
+                if not self._prepared(task, task.lane, start, end, told):
+                    continue
+            work.append((task, task.lane, start, end))
         return work
+
+    def _prepared(self, task: Task, lane: Lane, start: int, end: int, told: list[Started | Step | Refused]) -> bool:
+        """Whether the images and sounds among some tokens are there; a tower that fails costs its request only."""
+        generation = task.generation
+        lane.media = generation.media
+        try:
+            for medium in needed(generation.tokens[start:end], generation.media):
+                _ = medium.rows
+        except EdgertError as error:
+            told.append(Refused(generation.id, type(error).__name__, str(error)))
+            self._leave(task)
+            return False
+        return True
 
     def _lane(self, task: Task) -> Lane:
         """Looked for when the prompt's turn has come: one that came with it may have prefilled the same beginning."""
@@ -342,6 +361,7 @@ class Loop:
             return
         self.running.remove(task)
         if task.lane is not None:
+            task.lane.media = {}
             self.idle.put(task.lane)
             task.lane = None
 

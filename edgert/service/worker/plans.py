@@ -44,7 +44,7 @@ def without(plan: Plan, avoid: Mapping[str, str], bundle: Bundle) -> Plan:
 
 def units(plan: Plan) -> list[str]:
     """The hardware that a plan uses."""
-    return list(dict.fromkeys(config.unit for config in plan.configs))
+    return list(dict.fromkeys(config.unit for config in (*plan.configs, *plan.towers.values())))
 
 
 def unit_of_logits(plan: Plan) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
+from edgert.device import DeviceConfig, DeviceKind
 from edgert.energy import find_meters
 from edgert.errors import DeviceError, EdgertError, UsageError
 from edgert.service import protocol
@@ -29,6 +30,7 @@ from edgert.service.worker.joules import Joules
 from edgert.service.worker.loaded import OnPlan, language_of, open_bundle, put_on
 from edgert.service.worker.loop import Limits, Loop
 from edgert.service.worker.plans import chosen, offers, units
+from edgert.towers import Towers
 
 log = logging.getLogger("edgert")
 LONGEST_PAUSE_S = 5.0  # for the sake of the pace, so that a worker is never silent for long
@@ -74,7 +76,10 @@ class Serving:
         self._offers = offers(plan, self._bundle, load.avoid)
         self._on = put_on(self._bundle, plan, load)
         self._name = next(iter(self._offers))
-        self._language = language_of(self._bundle, self._on.context, load)
+        cpu = DeviceConfig.parse(DeviceKind.CPU)
+        width = self._on.executor.taken.width
+        towers = Towers(self._bundle, lambda: self._on.plan, fallback=cpu, timeout_s=load.device_timeout_s, width=width)
+        self._language = language_of(self._bundle, self._on.context, load, towers)
         meters = find_meters()
         window = meters.measure().__enter__() if meters.present else None  # open as long as the process
         self._joules = Joules(window, load.declared_watts)
@@ -193,7 +198,7 @@ class Serving:
 
     def _add(self, loop: Loop, generation: Generation) -> None:
         try:  # again, as the plan may have changed since
-            self._language.check(generation.tokens[: generation.prompt_tokens], generation.params.max_tokens)
+            self._language.check(generation.ids[: generation.prompt_tokens], generation.params.max_tokens)
         except UsageError as error:
             self._unwanted.discard(generation.id)
             self._send(_refused(generation.id, error))
