@@ -8,6 +8,7 @@
 #   make bench-quality  benchmarks/quality.py: what compressing costs, beside others; ARGS="--shared FOLDER"
 #   make bench-mixed  benchmarks/mixed_speed.py: how fast a mix of precisions decodes, beside f16, INT8 and INT4
 #   make bench-service  benchmarks/service.py: what the service costs, carries and survives
+#   make models       benchmarks/models.py: every family of models through all of edgert; ARGS="llama4 gemma4_moe"
 #   make fuzz         benchmarks/fuzz.py: a service under attack
 #   make lint         ruff and mypy
 #   make clean        remove build/ and caches; .venv stays
@@ -21,7 +22,7 @@ TORCH := torch==2.13.0
 PEERS := build/peers
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test test-sanitized bench bench-peers bench-quality bench-mixed bench-service fuzz lint clean
+.PHONY: setup demo test test-sanitized bench bench-peers bench-quality bench-mixed bench-service models fuzz lint clean
 
 setup: $(STAMP)
 
@@ -81,6 +82,9 @@ bench-mixed: $(STAMP)
 
 bench-service: $(STAMP) $(DEMO)
 	$(BIN)/python benchmarks/service.py $(ARGS)
+
+models: $(STAMP)
+	$(BIN)/python benchmarks/models.py $(ARGS)
 
 fuzz: $(STAMP) $(DEMO)
 	$(BIN)/python benchmarks/fuzz.py $(ARGS)

@@ -322,9 +322,9 @@ prompts of a row go the same way.
 
 Which runs: from OpenVINO's own tables those of a SoC's usual machine whose model has the blocks of a model in the
 catalogue. From elsewhere, runs with OpenVINO (on a CPU with llama.cpp too) that name machine, model and precision and
-give the speed of decode apart from the prompt's. Left out: mixtures of experts, whose weights edgert keeps at INT8
-where OpenVINO has INT4; FP4; runs that their author calls slowed down (by a dock's power supply); speeds of prompts
-whose length is not given. Where that needed a decision:
+give the speed of decode apart from the prompt's. Left out: mixtures of experts, whose weights edgert kept at INT8
+where OpenVINO had INT4 when the runs were chosen; FP4; runs that their author calls slowed down (by a dock's power
+supply); speeds of prompts whose length is not given. Where that needed a decision:
 
 * **Variants.** OpenVINO's tables have up to three INT4 variants of one model with nothing to tell them apart (some
   layers may be at INT8), sorted by speed. Taken is the middle one of each prompt length, of two the slower. On the 358H

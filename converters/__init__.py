@@ -6,6 +6,8 @@
     canonical.py    the one form of every model in a bundle
     quality.py      the gate                compress.py     NNCF and the table of precisions
     onnx_bundle.py  a bundle that onnxruntime runs
+    diffusion/      a diffusers folder: a bundle of its transformer
+    media/          towers for images and sound, and what the decoder takes of them
     npu.py          submodels compiled for NPUs
     mixed/          the mix of precisions that keeps a budget of perplexity
     kernels.py      weights packed for the CPU kernels
@@ -62,13 +64,16 @@ def compile(
     target_devices: Sequence[str] | None = None,
     objective: Objective | None = None,
     seed: int = 0,
+    image_size: tuple[int, int] | None = None,
+    text_only: bool = False,
     progress: Callable[[str], None] | None = None,
     advance: Callable[[float], None] | None = None,
 ) -> Bundle:
     """Turn a model into a bundle.
 
     Args:
-        src: a Hugging Face folder or hub id, an ONNX file or folder, an OpenVINO IR folder, or a GGUF file.
+        src: a Hugging Face folder or hub id, the folder of a diffusers pipeline or of its transformer, an ONNX file or
+            folder, an OpenVINO IR folder, or a GGUF file.
         out: the bundle to write.
         weights: precision of the weight matrices. Compressed IR and GGUF keep what they have.
         group_size: INT4 weights that share a scale; -1 is a whole channel. By default 128, and -1 for an NPU.
@@ -96,6 +101,9 @@ def compile(
         target_devices: configurations of the profile that may run blocks, e.g. `["NPU@f16"]`; all by default.
         objective: what counts on the target; by default `tokens_per_joule`.
         seed: of what the search draws: the same one gives the same bundle.
+        image_size: height and width in pixels that a vision tower is made for; every picture is brought to it. By
+            default the model's own size, and where any will do the largest square of at most 256 tokens.
+        text_only: leave out the towers of a model that sees or hears.
         progress: is told each stage as it begins.
         advance: is told which share of a long stage is done, 0 to 1.
 
@@ -135,6 +143,8 @@ def compile(
         raise UsageError(f"kernels need format 'openvino', not {format!r}")
     if npu and max_ppl_increase is not None and target is None:
         raise UsageError("npu with max_ppl_increase needs target, whose plan says which blocks run on the NPU")
+    if image_size is not None:
+        _check_image_size(image_size, text_only, format)
     if dataset is not None and not Path(dataset).is_file():
         raise UsageError(f"dataset {dataset}: no such file")
     if kernels is None:
@@ -162,6 +172,8 @@ def compile(
                 NpuOptions(tuple(dict.fromkeys(npu)), npu_shapes or DEFAULT_SHAPES, npu_split) if npu else None,
                 kernels,
                 mixed,
+                image_size,
+                text_only,
             ),
             progress or (lambda stage: None),
             advance or (lambda share: None),
@@ -210,6 +222,16 @@ def _mixed(
     _check_choice("objective", wanted, OBJECTIVES)
     found = Target(profile, wanted, configs=configs)
     return MixedOptions(max_increase, Path(calibration) if calibration else None, found, seed)
+
+
+def _check_image_size(size: tuple[int, int], text_only: bool, format: str) -> None:
+    pair = (
+        isinstance(size, tuple) and len(size) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in size)
+    )
+    if not pair or not all(1 <= side <= 4096 for side in size):
+        raise UsageError(f"image_size is {size!r}, expected (height, width), each 1 to 4096 pixels")
+    if text_only or format != "openvino":
+        raise UsageError("image_size is for models that see: it excludes text_only and format 'onnx'")
 
 
 def _check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:

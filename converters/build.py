@@ -7,10 +7,11 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import openvino as ov
@@ -18,6 +19,7 @@ from edgert.converters import quality
 from edgert.converters.canonical import DECODER_OUTPUT, canonical_decoder, canonical_encoder
 from edgert.converters.compress import Weights, compress, precision_table, read_samples, to_fp16
 from edgert.converters.kernels import add_kernels
+from edgert.converters.media.bundling import tower_blocks, write_media
 from edgert.converters.mixed.bundled import BundledMix
 from edgert.converters.mixed.mixing import MixedOptions, save_f16
 from edgert.converters.npu import NpuOptions, add_blobs, require_compiler
@@ -43,9 +45,13 @@ from edgert.errors import (
     UsageError,
     cause,
 )
+from edgert.features import Taken
 from edgert.graph import BlockGraph
 from edgert.irgraph import make_names_unique
 from edgert.partition import annotate, whole
+
+if TYPE_CHECKING:  # which brings torch and transformers
+    from edgert.converters.media.compiling import Media
 
 log = logging.getLogger("edgert")
 
@@ -56,6 +62,7 @@ _TOOLS = {
     "onnx": ("openvino", "nncf", "onnx", "onnxruntime"),
     "openvino": ("openvino", "nncf"),
     "gguf": ("openvino", "gguf"),
+    "diffusers": ("openvino", "nncf", "torch", "diffusers"),
 }
 
 
@@ -75,6 +82,8 @@ class Options:
     npu: NpuOptions | None = None
     kernels: bool = False
     mixed: MixedOptions | None = None
+    image_size: tuple[int, int] | None = None
+    text_only: bool = False
 
 
 def build(src: str | Path, out: Path, options: Options, progress: Progress, advance: Callable[[float], None]) -> Bundle:
@@ -82,11 +91,20 @@ def build(src: str | Path, out: Path, options: Options, progress: Progress, adva
     with ExitStack() as after, create(out, overwrite=options.force) as draft:
         progress("load")
         source, mix = detect(src), None
+        graph: BlockGraph | None
         if options.npu is not None:
             require_compiler()  # now, and not after the export
-        if options.weights != "fp16" and source.kind in {"huggingface", "onnx"} and find_spec("nncf") is None:
+        floats = source.kind in {"huggingface", "diffusers", "onnx"}
+        if options.weights != "fp16" and floats and find_spec("nncf") is None:
             raise ModuleNotFoundError("nncf", name="nncf")  # now, and not after the export
-        if options.format == "onnx":
+        if source.kind == "diffusers":
+            _check_torchvision()
+            from edgert.converters.diffusion.build import build_denoiser
+            from edgert.converters.pretrained import quiet
+
+            with quiet():
+                facts_, report, graph = build_denoiser(source, draft, options, progress)
+        elif options.format == "onnx":
             if source.kind != "huggingface":
                 raise UsageError(f"format 'onnx' needs a Hugging Face model, {source.path} is {source.kind}")
             _check_torchvision()
@@ -123,13 +141,14 @@ def _build_openvino(
 ) -> tuple[ModelFacts, Report, BlockGraph]:
     tokenizer = copy_tokenizer(source.folder, draft.path / "tokenizer")
     config = source.config()
-    model, task, checks = _convert(source, options, progress)
+    model, task, checks, media = _convert(source, options, tokenizer, progress)
     gc.collect()
     vocab_size = _vocab_size(model, config, task)
     compressed = _is_compressed(model)
     weights = "source" if compressed else "mixed" if mix else options.weights
-    if mix is not None and (compressed or task != "decoder"):
+    if mix is not None and (compressed or task != "decoder" or media is not None):
         what = "its weights are compressed already" if compressed else f"it is an {task}"
+        what = "it sees or hears; text_only compiles its language model alone" if media else what
         raise UsageError(f"max_ppl_increase is for decoders with float weights; {source.name}: {what}")
     if not compressed:
         to_fp16(model)
@@ -150,11 +169,14 @@ def _build_openvino(
                 group_size=options.group_size,
                 sym=options.sym,
                 awq=options.awq,
-                samples=samples(options, tokenizer, vocab_size) if options.dataset else None,
+                samples=samples(options, tokenizer, vocab_size, Taken.of(model)) if options.dataset else None,
             )
     progress("write")
-    rows, graph = save(model, draft, checks, vocab_size)
+    rows, graph = save(model, draft, checks, partial(quality.check_cut, task=task, vocab_size=vocab_size))
     del model
+    if media is not None:
+        rows += write_media(media, draft.path, options.weights)
+        graph = replace(graph, towers=tower_blocks(media, draft.path))
     if options.kernels:
         progress("pack for the CPU kernels")
         checks += add_kernels(draft.path, vocab_size=vocab_size, window=quality.attention_window(config))
@@ -197,18 +219,23 @@ def describe(
     )
 
 
-def _convert(source: Source, options: Options, progress: Progress) -> tuple[ov.Model, Task, Rows]:
+def _convert(
+    source: Source, options: Options, tokenizer: Tokenizer, progress: Progress
+) -> tuple[ov.Model, Task, Rows, Media | None]:
     if source.kind == "huggingface":
         _check_torchvision()
         from edgert.converters import pretrained
 
+        wanted = None if options.text_only else pretrained.Wanted(tokenizer, options.image_size)
         with pretrained.quiet():
-            return pretrained.convert(source.folder, options.exporter, progress)
+            return pretrained.convert_whole(source.folder, options.exporter, progress, wanted)
+    if options.image_size is not None:
+        raise UsageError(f"image_size needs a Hugging Face model, {source.path} is {source.kind}")
     if source.kind == "onnx":
         from edgert.converters import onnx_source
 
-        return onnx_source.convert(source.path, progress)
-    return _convert_ir(source.path, progress)
+        return *onnx_source.convert(source.path, progress), None
+    return *_convert_ir(source.path, progress), None
 
 
 def _convert_ir(path: Path, progress: Progress) -> tuple[ov.Model, Task, Rows]:
@@ -238,7 +265,7 @@ def _build_gguf(
     model, checks = gguf_source.convert(metadata, progress)
     progress("write")
     vocab_size = _vocab_size(model, config, "decoder")
-    rows, graph = save(model, draft, checks, vocab_size)
+    rows, graph = save(model, draft, checks, partial(quality.check_cut, task="decoder", vocab_size=vocab_size))
     if options.kernels:
         progress("pack for the CPU kernels")
         checks += add_kernels(draft.path, vocab_size=vocab_size, window=quality.attention_window(config))
@@ -256,10 +283,12 @@ def _build_gguf(
     return described, report(source, options, rows, checks), graph
 
 
-def save(model: ov.Model, draft: Draft, checks: Rows, vocab_size: int) -> tuple[Rows, BlockGraph]:
+def save(
+    model: ov.Model, draft: Draft, checks: Rows, check_cut: Callable[[Path, BlockGraph], dict[str, Any]]
+) -> tuple[Rows, BlockGraph]:
     """Write the model; its precision table and block graph are those of the file as it is read back.
 
-    The check of the block graph is added to `checks`. A model that says something else when it is cut stays whole.
+    The row of `check_cut` is added to `checks`. A model that says something else when it is cut stays whole.
 
     Raises:
         BundleError: the disk did not take it.
@@ -273,9 +302,8 @@ def save(model: ov.Model, draft: Draft, checks: Rows, vocab_size: int) -> tuple[
         raise BundleError(f"model.xml and model.bin: cannot be written: {cause(error)}") from error
     graph = annotate(written)
     if len(graph.blocks) > 1:
-        task = "decoder" if DECODER_OUTPUT in written.outputs[0].get_names() else "encoder"
         try:
-            checks.append(quality.check_cut(path, graph, task=task, vocab_size=vocab_size))
+            checks.append(check_cut(path, graph))
         except (ParityError, PlanError, RuntimeError) as error:
             graph = whole(written, f"it cannot be cut: {cause(error)}")
     return precision_table(written), graph
@@ -284,7 +312,7 @@ def save(model: ov.Model, draft: Draft, checks: Rows, vocab_size: int) -> tuple[
 def report(source: Source, options: Options, precisions: Rows, checks: Rows) -> Report:
     """The bundle's report."""
     packages = [*_TOOLS[source.kind]]
-    if source.kind == "huggingface" and options.exporter == "optimum":
+    if source.kind in {"huggingface", "diffusers"} and options.exporter == "optimum":
         packages.append("optimum-intel")
     if options.format == "onnx":
         packages += ["onnx", "onnxruntime", "onnxscript"]
@@ -292,15 +320,22 @@ def report(source: Source, options: Options, precisions: Rows, checks: Rows) -> 
     return Report(f"{source.kind}: {source.name}", tools, precisions, checks)
 
 
-def samples(options: Options, tokenizer: Tokenizer, vocab_size: int) -> list[dict[str, np.ndarray]]:
-    """Inputs of a canonical decoder from the dataset; raises `UsageError` as `read_samples`."""
+def samples(
+    options: Options, tokenizer: Tokenizer, vocab_size: int, taken: Taken | None = None
+) -> list[dict[str, np.ndarray]]:
+    """Inputs of a canonical decoder that takes `taken`, from the dataset; raises `UsageError` as `read_samples`."""
 
     def encode(text: str) -> list[int]:
         return [token for token in tokenizer.encode(text, add_special_tokens=False).ids if token < vocab_size]
 
     assert options.dataset is not None
     kinds = {"input_ids": np.int64, "attention_mask": np.int64, "position_ids": np.int64, "beam_idx": np.int32}
-    return read_samples(options.dataset, encode, {name: np.dtype(kind) for name, kind in kinds.items()})
+    found = read_samples(options.dataset, encode, {name: np.dtype(kind) for name, kind in kinds.items()})
+    if taken is None:
+        return found
+    for sample in found:
+        sample |= quality.decoder_inputs(sample["input_ids"], 0, taken)
+    return found
 
 
 def _vocab_size(model: ov.Model, config: dict[str, Any], task: Task) -> int:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from edgert.bundle import ModelFacts
 from edgert.errors import ConversionError
 
-Kind = Literal["huggingface", "openvino", "onnx", "gguf"]
+Kind = Literal["huggingface", "diffusers", "openvino", "onnx", "gguf"]
 Task = Literal["decoder", "encoder"]
 IR_NAMES = ("openvino_model.xml", "model.xml")
 TOKENIZER_FILES = (
@@ -73,6 +73,8 @@ def detect(src: str | Path) -> Source:
 
 def _detect_folder(folder: Path, name: str | None = None) -> Source:
     name = name or folder.resolve().name
+    if (transformer := _diffusers_transformer(folder)) is not None:
+        return Source("diffusers", transformer, transformer, name)
     if any(folder.glob("*.safetensors")):
         return Source("huggingface", folder, folder, name)
     for ir in IR_NAMES:
@@ -89,6 +91,18 @@ def _detect_folder(folder: Path, name: str | None = None) -> Source:
     raise ConversionError(
         f"source {folder}: found no *.safetensors, {' or '.join(IR_NAMES)}, *.onnx or *.gguf{pickled}"
     )
+
+
+def _diffusers_transformer(folder: Path) -> Path | None:
+    """Where the transformer of a diffusers folder lies, a pipeline's or its own; None where it is none."""
+    if (folder / "model_index.json").is_file():
+        if not (folder / "transformer").is_dir():
+            raise ConversionError(f"source {folder}: a pipeline without transformer/, the part that edgert runs")
+        return folder / "transformer"
+    try:
+        return folder if "_diffusers_version" in read_json(folder / "config.json") else None
+    except ConversionError:  # whoever needs the file says what is wrong with it
+        return None
 
 
 def _fetch(repository: str) -> Path:
@@ -202,6 +216,9 @@ def facts(
                 return int(config[key])
         raise ConversionError(f"model {name}: its configuration has none of {', '.join(names)} as a positive number")
 
+    kinds = config.get("layers_block_type", config.get("hybrid_override_pattern"))
+    if isinstance(kinds, (list, str)):  # transformers writes Nemotron-H's layers so, and not their number
+        config = {"num_hidden_layers": len(kinds), **config}
     context = number("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
     return ModelFacts(
         name=name,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from edgert.converters import compile as compile
     from edgert.device import DeviceConfig as DeviceConfig
     from edgert.device import DeviceInfo as DeviceInfo
+    from edgert.diffusion import Denoiser as Denoiser
+    from edgert.diffusion import load_denoiser as load_denoiser
     from edgert.errors import EdgertError as EdgertError
     from edgert.evaluation import Evaluation as Evaluation
     from edgert.graph import BlockGraph as BlockGraph
@@ -46,6 +48,7 @@ _PUBLIC = {
     "BlockGraph": "edgert.graph",
     "Bundle": "edgert.bundle",
     "Client": "edgert.service.client",
+    "Denoiser": "edgert.diffusion",
     "DeviceConfig": "edgert.device",
     "DeviceInfo": "edgert.device",
     "EdgertError": "edgert.errors",
@@ -62,6 +65,7 @@ _PUBLIC = {
     "devices": "edgert.backends",
     "evaluate": "edgert.subjects",
     "load": "edgert.session",
+    "load_denoiser": "edgert.diffusion",
 }
 
 __all__ = [*sorted(_PUBLIC)]

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-from edgert.architecture import ModelShape, Weights, from_config
+from edgert.architecture import ModelShape, Weights, from_config, read_config
 from edgert.errors import UsageError
 from edgert.fields import build
 
@@ -52,6 +53,13 @@ class _File:
 def models() -> tuple[CatalogueModel, ...]:
     """All models of the catalogue."""
     return build(_File, json.loads((files("edgert") / "catalogue.json").read_text("utf-8")), "catalogue").models
+
+
+def from_file(path: Path) -> CatalogueModel:
+    """The model that a `config.json`, or the folder with one, describes; raises `UsageError`."""
+    config = read_config(path)
+    name = path.resolve().name if path.is_dir() else path.resolve().parent.name
+    return CatalogueModel(name, None, None, "", str(path), True, config)
 
 
 def find(names: Sequence[str]) -> tuple[CatalogueModel, ...]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from edgert.errors import ContextOverflowError, UsageError
 
 KEEP = "logits_to_keep"  # the head's input that says for how many of the last tokens logits are wanted
+PRELUDE = "prelude."  # names of what submodels share beside the residual stream begin so
+CARRIED = "carried."  # and those of what one computes of the residual stream or a state for others than the next
 PAST, NEW = "past.", "new."  # cache inputs and outputs of static submodels are called so, then the id of the state
 MAX_CHUNK, MAX_BUCKET = 4096, 2**20
 QUERY, TOTAL = "query", "total"

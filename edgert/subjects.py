@@ -60,6 +60,7 @@ class Subject:
             )
         if (path / MANIFEST).exists():
             bundle = Bundle.open(path)
+            bundle.require_text()
             return cls("bundle", path, Tokenizer.open(bundle.tokenizer_path), bundle)
         kind = sources.detect(path).kind
         if kind in {"onnx", "gguf"}:

@@ -30,6 +30,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory, name: str, *, weights: str)
     return out
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where `tiny_models.exported` finds what other processes of this run have exported."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["EDGERT_TEST_EXPORTS"] = str(tmp_path_factory.getbasetemp().parent)
+
+
 @pytest.fixture(scope="session")
 def demo_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository's own model, compiled at fp16."""

@@ -26,7 +26,6 @@ from edgert.graph import Block, BlockGraph, BlockKind
 from edgert.partition import annotate
 from edgert.placement import Plan
 
-MOE_FAMILIES = {"gpt_oss", "qwen3_moe", "deepseek_v3"}
 ENTRIES = {entry.name: entry for entry in catalogue.models()}
 # Configuration classes of transformers by model_type, and one entry of the catalogue for each.
 CLASSES = {
@@ -82,7 +81,6 @@ def test_shapes_are_those_of_compiled_models(family: str, weights: Any, tmp_path
         assert found.flops_per_token == expected.flops_per_token
         assert found.score_flops == expected.score_flops
     assert [e.bytes_per_token for e in shape.graph.edges] == [e.bytes_per_token for e in compiled.edges]
-    assert any("experts" in note for note in shape.notes) == (family in MOE_FAMILIES and weights == "int4")
 
 
 def test_the_demo_model(demo_path: Path) -> None:
@@ -117,9 +115,9 @@ def test_catalogue_has_published_sizes(entry: CatalogueModel) -> None:
     assert BlockGraph.from_json(json.loads(json.dumps(graph.to_json()))) == graph
     Plan.single(graph, DeviceConfig.parse("CPU@f32+dq")).check(graph)
     recurrent = any(block.recurrent_bytes for block in graph.blocks)
-    for device in ("GPU@f16+static", "NPU@f16"):
-        with pytest.raises(PlanError, match="recurrent state") if recurrent else nullcontext():
-            Plan.single(graph, DeviceConfig.parse(device)).check(graph)
+    Plan.single(graph, DeviceConfig.parse("GPU@f16+static")).check(graph)
+    with pytest.raises(PlanError, match="recurrent state") if recurrent else nullcontext():
+        Plan.single(graph, DeviceConfig.parse("NPU@f16")).check(graph)
     assert "https://" in entry.source
     assert entry.published
 
@@ -207,7 +205,8 @@ def test_latent_attention() -> None:
 def test_experts_of_one_token() -> None:
     (block, *_) = blocks("Qwen3 30B-A3B", BlockKind.MOE)
     assert block.flops_per_token == 2 * (128 * 2048 + 8 * 3 * 768 * 2048)
-    assert block.weight_bytes["u8"] == 128 * 3 * 768 * 2048 + 2 * 128
+    elements = 128 * 3 * 768 * 2048 + 128 * 2048  # and one group in 128 has a zero point of 4 bits
+    assert block.weight_bytes["u4"] == (elements + elements // 128) // 2
 
 
 def test_groups_that_do_not_divide() -> None:
@@ -229,11 +228,11 @@ def test_groups_that_do_not_divide() -> None:
 
 def test_multimodal_configurations_and_defaults() -> None:
     text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
-    whole = {"model_type": "gemma3", "text_config": {**text, "sliding_window": 1024}, "vision_config": {}}
+    whole = {"model_type": "gemma3", "text_config": {**text, "sliding_window": 1024}}
     shape = from_config(whole)
     assert shape.parameters == ENTRIES["Gemma 3 4B"].shape().parameters
     assert shape.family == "gemma3_text"
-    assert any("text model" in note for note in shape.notes)
+    assert not shape.tower_parameters
     tied = from_config({"tie_word_embeddings": True, "text_config": LLAMA})
     assert tied.parameters == from_config(LLAMA).parameters - 1000 * 256
     assert from_config({**LLAMA, "model_type": "smollm3"}).parameters == tied.parameters  # its class's default

@@ -31,6 +31,8 @@ def test_example(example: Path, demo_path: Path) -> None:
     said = run(example, str(demo_path))
     if example.stem == "placement":
         assert "the same text" in said
+    if example.stem == "image":
+        assert "takes no images" in said
 
 
 @pytest.fixture(scope="module")

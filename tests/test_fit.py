@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from edgert.architecture import from_config
 from edgert.catalogue import find
 from edgert.cli import main
 from edgert.graph import BlockKind
@@ -143,7 +144,7 @@ def test_table(capsys: Capture, machine: Path) -> None:
     assert text.index("Qwen3") < text.index("does not fit") < text.index("Llama 4 Scout 109B-A17B, int4")
     for words in (
         "Times are modelled, joules modelled, by the profile of Testbox. assumed", "CPU@f32+dq (modelled): made up",
-        "as 4 are assumed to go elsewhere", "experts stay at INT8", "shapes by quotation", "12.0 are left",
+        "as 4 are assumed to go elsewhere", "keys outside a window take memory", "shapes by quotation", "12.0 are left",
         "a prompt of 1024 in chunks of 256", "has the electricity of their prompts in it. An API may charge", "FP16's",
     ):  # fmt: skip
         assert words in text
@@ -151,6 +152,33 @@ def test_table(capsys: Capture, machine: Path) -> None:
     text = capsys.readouterr().out
     assert "does not fit" not in text
     assert "price" not in text
+
+
+def test_a_configuration_of_ones_own(capsys: Capture, machine: Path, tmp_path: Path) -> None:
+    """Beside models of the catalogue; its towers take memory, too."""
+    entry = find(["Qwen3 0.6B"])[0]
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    arguments = ("--memory", "16", "--weights", "int8")
+
+    def memory(config: dict[str, Any]) -> int:
+        (folder / "config.json").write_text(json.dumps(config))
+        (row,) = fit(capsys, machine, str(folder), *arguments)["models"]
+        assert row["model"] == "mine"
+        assert fit(capsys, machine, str(folder / "config.json"), *arguments)["models"] == [row]
+        return int(row["memory_bytes"])
+
+    (known,) = fit(capsys, machine, "--model", "qwen3 0.6b", *arguments)["models"]
+    assert memory(entry.config) == known["memory_bytes"]
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 512, "intermediate_size": 2048, "image_size": 224}
+    whole = {"model_type": "gemma3", "text_config": entry.config, "vision_config": {**vision, "num_hidden_layers": 6}}
+    (tower,) = from_config(whole, weights="int8").graph.towers
+    assert memory(whole) - known["memory_bytes"] == tower.total_weight_bytes > 6 * 12 * 512 * 512
+    both = fit(capsys, machine, str(folder), "--model", "qwen3 0.6b", *arguments)["models"]
+    assert [row["model"] for row in both] == ["mine", "Qwen3 0.6B"]
+    (folder / "config.json").write_text("[]")
+    assert main(["fit", "--profile", str(machine), "--memory", "16", str(folder)]) == 2
+    assert "expected an object, got list" in capsys.readouterr().err
 
 
 def test_profiles_that_come_with_edgert(capsys: Capture) -> None:

@@ -9,21 +9,22 @@ import edgert
 
 PACKAGE = Path(edgert.__file__).parent
 LAYERS = {
-    "errors": -1, "fields": -1, "folders": -1, "device": 0, "graph": 0, "charts": 0, "placement": 1, "memory": 1,
-    "grid": 1, "page": 1, "regions": 1, "table": 1, "kvlayout": 1, "native": 2, "packing": 1, "kernelfile": 2,
-    "kernel_lowering": 4, "chat_template": 1, "irgraph": 1, "shapes": 1, "profile": 1, "architecture": 1, "sampling": 2,
-    "text": 2, "bundle": 2, "results": 2, "residual": 2, "cost": 2, "switching": 2, "catalogue": 3, "prediction": 3,
-    "energy": 3, "rates": 3, "backends": 3, "likelihood": 2, "quality_page": 3, "quality_charts": 2,
-    "evaluation": 3, "partition": 3, "cutting": 3, "lowering": 3, "scheduler": 4, "samples": 4, "npu": 4, "kvcache": 4,
-    "static": 4, "guard": 4, "pipeline": 4, "discovery": 4, "simulator": 5, "conditions": 5, "bucketed": 5,
-    "inplace": 5, "precision": 5, "stages": 6, "executor": 7, "engine": 8, "profiler": 8, "choice": 8, "lanes": 8,
-    "batch": 9, "session": 9, "scorers": 9, "converters": 10, "subjects": 11, "service": 11, "cli": 12,
-    "__main__": 13, "__init__": 13,
+    "errors": -1, "asynchronous": -1, "fields": -1, "folders": -1, "device": 0, "graph": 0, "charts": 0, "irgraph": 0,
+    "placement": 1, "memory": 1, "grid": 1, "page": 1, "regions": 1, "table": 1, "kvlayout": 1, "packing": 1,
+    "chat_template": 1, "boundaries": 1, "shapes": 1, "profile": 1, "architecture": 1, "media": 1, "native": 2,
+    "kernelfile": 2, "sampling": 2, "text": 2, "bundle": 2, "results": 2, "residual": 2, "cost": 2, "switching": 2,
+    "likelihood": 2, "quality_charts": 2, "catalogue": 3, "prediction": 3, "energy": 3, "rates": 3, "backends": 3,
+    "quality_page": 3, "evaluation": 3, "partition": 3, "cutting": 3, "lowering": 3, "experts": 3,
+    "kernel_lowering": 4, "scheduler": 4, "samples": 4, "npu": 4, "kvcache": 4, "features": 4, "static": 4,
+    "guard": 4, "pipeline": 4, "discovery": 4, "simulator": 5, "conditions": 5, "bucketed": 5, "inplace": 5,
+    "chain": 5, "precision": 5, "stages": 6, "towers": 7, "executor": 7, "prompts": 8, "engine": 8, "profiler": 8,
+    "choice": 8, "lanes": 8, "batch": 9, "diffusion": 9, "session": 9, "scorers": 9, "converters": 10, "subjects": 11,
+    "service": 11, "cli": 12, "__main__": 13, "__init__": 13,
 }  # fmt: skip
 # Rooms that may touch OpenVINO; the rest must work where no device library is.
 OPENVINO_ROOMS = {
-    "irgraph", "residual", "partition", "cutting", "lowering", "static", "native", "backends", "npu", "converters",
-    "cli", "kernel_lowering",
+    "irgraph", "boundaries", "residual", "partition", "cutting", "lowering", "experts", "static", "native",
+    "backends", "npu", "converters", "cli", "kernel_lowering",
 }  # fmt: skip
 
 
@@ -57,9 +58,9 @@ def imported(path: Path) -> set[str]:
 
 def test_public_names() -> None:
     assert edgert.__all__ == [
-        "AsyncClient", "BlockGraph", "Bundle", "Client", "DeviceConfig", "DeviceInfo", "EdgertError", "Evaluation",
-        "Event", "KvCache", "Model", "Piece", "Plan", "Result", "SamplingParams", "StaticShapes", "compile", "devices",
-        "evaluate", "load",
+        "AsyncClient", "BlockGraph", "Bundle", "Client", "Denoiser", "DeviceConfig", "DeviceInfo", "EdgertError",
+        "Evaluation", "Event", "KvCache", "Model", "Piece", "Plan", "Result", "SamplingParams", "StaticShapes",
+        "compile", "devices", "evaluate", "load", "load_denoiser",
     ]  # fmt: skip
     for name in edgert.__all__:
         assert getattr(edgert, name).__doc__, name

@@ -80,7 +80,7 @@ def test_formats_have_names() -> None:
         ((8, 64), ["f16", "int8", "int4-asym-g32", "int4-asym-pc", "int4-sym-g32", "int4-sym-pc"]),
         ((8, 96), ["f16", "int8", "int4-asym-g32", "int4-asym-pc", "int4-sym-g32", "int4-sym-pc"]),
         ((8, 20), ["f16", "int8", "int4-asym-pc", "int4-sym-pc"]),
-        ((4, 8, 256), ["f16", "int8"]),
+        ((4, 8, 64), ["f16", "int8", "int4-asym-g32", "int4-asym-pc", "int4-sym-g32", "int4-sym-pc"]),
     ],
 )
 def test_a_group_divides_the_input_dimension_and_is_smaller(shape: tuple[int, ...], names: list[str]) -> None:
@@ -93,6 +93,9 @@ def test_bytes_by_hand() -> None:
     assert PC.weight_bytes((3, 5)) == {"i4": 8, "f16": 6}
     assert named("int4-asym-pc").weight_bytes((3, 5)) == {"u4": 8 + 2, "f16": 6}
     assert SYM32.weight_bytes((3, 64)) == {"i4": 96, "f16": 12}
+    assert INT8.weight_bytes((2, 3, 5)) == {"u8": 30 + 6, "f16": 12}
+    assert PC.weight_bytes((2, 3, 5)) == {"i4": 15, "f16": 12}
+    assert SYM32.weight_bytes((2, 3, 64)) == {"i4": 192, "f16": 24}
     assert named("int4-asym-g32").weight_bytes((3, 64)) == {"u4": 96 + 3, "f16": 12}
     with pytest.raises(UsageError, match=r"format int4-sym-g32: a matrix of shape \[3, 33\] cannot be stored so"):
         SYM32.weight_bytes((3, 33))
@@ -100,7 +103,7 @@ def test_bytes_by_hand() -> None:
 
 ATTENTION, FFN = ((64, 64), (32, 64), (32, 64), (64, 64)), ((128, 64), (128, 64), (64, 128))
 WIDE_HEADS = ((128, 64), (64, 64), (64, 64), (64, 128))
-EXPERTS = ((4, 64), (4, 128, 64), (4, 64, 64))
+EXPERTS = ((4, 64, 64),) * 3  # the router is left alone
 
 
 @pytest.mark.parametrize(
@@ -111,12 +114,14 @@ EXPERTS = ((4, 64), (4, 128, 64), (4, 64, 64))
         ("llama", "int4-sym-g32", {"weights": "int4", "group_size": 32, "sym": True}),
         ("llama", "int4-sym-pc", {"weights": "int4", "group_size": -1, "sym": True}),
         ("qwen3_moe", "int8", {"weights": "int8"}),
+        ("qwen3_moe", "int4-asym-g32", {"weights": "int4", "group_size": 32}),
     ],
 )
 def test_blocks_are_as_large_as_nncf_makes_them(family: str, name: str, options: dict[str, object]) -> None:
-    model = exported(family)[1]
-    compressed = compress(exported(family)[1], **options)  # type: ignore[arg-type]
-    to_fp16(model)
+    model, compressed = exported(family)[1], exported(family)[1]
+    for one in (model, compressed):
+        to_fp16(one)
+    compressed = compress(compressed, **options)  # type: ignore[arg-type]
     for one in (model, compressed):
         make_names_unique(one)
     matrices = (ATTENTION, FFN) if family == "llama" else (WIDE_HEADS, EXPERTS)

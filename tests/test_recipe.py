@@ -59,6 +59,14 @@ def test_what_nncf_makes(demo_path: Path, sym: bool, group: int, expected: list[
     ]
 
 
+@pytest.mark.parametrize(("group", "expected"), [(-1, []), (32, [("group size", "32 (3 times)")])])
+def test_groups_of_experts(group: int, expected: list[tuple[str, str]]) -> None:
+    model = compress(exported("qwen3_moe")[1], "int4", sym=True, group_size=group)
+    make_names_unique(model)
+    problems = [(one.property, one.value) for one in found(model) if one.block == "moe.0"]
+    assert problems == expected
+
+
 def test_int8_is_fine(demo_path: Path) -> None:
     model = compress(ov.Core().read_model(demo_path / "model.xml"), "int8")
     make_names_unique(model)

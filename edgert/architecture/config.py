@@ -3,64 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+from edgert.architecture.families import FAMILIES, LLAMA
 from edgert.errors import UsageError
 
 MAX_WIDTH = 2**20  # of any field but those below; the widest known are vocabularies of 2^18
 MAX_LAYERS = 2048
 MAX_EXPERTS = 4096
 MAX_CONTEXT = 2**30
-
-# Where a configuration leaves fields out, as those of Gemma 3 on the hub do: the defaults of its class in transformers.
-_DEFAULTS: dict[str, dict[str, int]] = {
-    "gemma3_text": {
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262_208,
-        "max_position_embeddings": 131_072,
-    },
-}  # fmt: skip
-# One layer in so many attends to all tokens, the last of each group; the others are of the kind named here.
-_PATTERNS: dict[str, tuple[int, str]] = {
-    "gemma2": (2, "sliding_attention"),
-    "gemma3_text": (6, "sliding_attention"),
-    "gemma4_text": (6, "sliding_attention"),
-    "cohere2": (4, "sliding_attention"),
-    "gpt_oss": (2, "sliding_attention"),
-    "llama4_text": (4, "chunked_attention"),
-    "qwen3_5_text": (4, "linear_attention"),
-    "qwen3_5_moe_text": (4, "linear_attention"),
-    "qwen3_next": (4, "linear_attention"),
-}
-HYBRID_QWEN = {"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"}
-QK_NORMS = {"qwen3", "qwen3_moe", "gemma3_text", "gemma4_text", *HYBRID_QWEN}
-BIASED = {"gpt2", "gpt_neox"}  # every product has a bias, every norm too, and the FFN has no gate
-PARALLEL = {"gpt_neox", "cohere2"}  # attention and FFN beside each other
-FOUR_NORMS = {"gemma2", "gemma3_text", "gemma4_text"}  # before and after each half of a layer
-LATENT = {"deepseek_v2", "deepseek_v3", "mistral4"}
-_USUAL = {"llama", "mistral", "ministral", "ministral3", "mixtral", "qwen2", "phi3", "olmo2", "smollm3"}
-_KNOWN = {*_PATTERNS, *QK_NORMS, *BIASED, *LATENT, *_USUAL, "nemotron_h"}
+_FULL_LAYERS = ("full_attn_idxs", "attn_layer_indices")  # LFM2 and Bamba
 
 
-@dataclass
-class Fields:
-    """The fields of a configuration that somebody else wrote, each looked at before it is used."""
+class Numbers:
+    """Numbers that somebody else wrote, each looked at before it is used; those that are null are left out."""
 
-    data: Mapping[str, Any]
-    notes: list[str] = field(default_factory=list)
+    def __init__(self, data: Mapping[str, Any], family: str) -> None:
+        self.data = {name: value for name, value in data.items() if value is not None}
+        self.family = family
 
-    def __post_init__(self) -> None:
-        text = self.data.get("text_config")
+    def size(self, *names: str, default: int | None = None, least: int = 1, most: int = MAX_WIDTH) -> int:
+        """The first of these fields that is there."""
+        name = next((n for n in names if n in self.data), None)
+        if name is None:
+            if default is None:
+                raise UsageError(f"model configuration ({self.family}): it has no field {names[0]!r}")
+            return default
+        return limited(name, self.data[name], least, most)
+
+    def number(self, name: str, *, default: float) -> float:
+        """A positive number that need not be whole."""
+        value = self.data.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_WIDTH:
+            raise UsageError(f"model configuration: {name} is {str(value)[:40]!r}, expected a number above 0")
+        return float(value)
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        """A field that is true or false."""
+        value = self.data.get(name, default)
+        if not isinstance(value, bool):
+            raise UsageError(f"model configuration: {name} is {str(value)[:40]!r}, expected true or false")
+        return value
+
+    def indices(self, name: str) -> set[int]:
+        """A list of numbers of layers; empty where there is none."""
+        return {limited(name, item, 0, MAX_LAYERS) for item in self.items(name)}
+
+    def items(self, name: str) -> list[Any]:
+        """A list; empty where there is none."""
+        value = self.data.get(name, [])
+        if not isinstance(value, list):
+            raise UsageError(f"model configuration: {name} is {str(value)[:40]!r}, expected a list")
+        return value
+
+
+class Fields(Numbers):
+    """The fields of a configuration of a text model, or of a model with one in it."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.notes: list[str] = []
+        text = data.get("text_config")
         if isinstance(text, Mapping):
-            above = {key: self.data[key] for key in ("tie_word_embeddings",) if key in self.data}
-            self.data = {**above, **text}
-            self.notes.append("the text model alone: what reads images or sound is left out")
-        self.family = str(self.data.get("model_type") or "unknown")[:60]
-        self.data = {**_DEFAULTS.get(self.family, {}), **{k: v for k, v in self.data.items() if v is not None}}
-        if self.family not in _KNOWN:
+            above = {key: data[key] for key in ("tie_word_embeddings",) if key in data}
+            data = {**above, **text}
+        super().__init__(data, str(data.get("model_type") or "unknown")[:60])
+        self.traits = FAMILIES.get(self.family, LLAMA)
+        self.data = {**self.traits.defaults, **self.data}
+        self.data |= {name: self.data[own] for name, own in self.traits.names.items() if own in self.data}
+        if self.family not in FAMILIES:
             self.notes.append(f"model_type {self.family!r} is not known: taken for one like Llama")
         self.hidden = self.size("hidden_size", "n_embd")
-        self.norm_width = 2 if self.family in BIASED else 1
+        self.norm_width = 2 if self.traits.norm_bias else 1  # vectors of a norm
         if self.pattern:
             self.layers = limited("number of layers", len(self.pattern), 1, MAX_LAYERS)
         else:
@@ -73,49 +86,42 @@ class Fields:
         known = self.family == "nemotron_h" and isinstance(named, (str, list))
         return [str(layer)[:40] for layer in named] if known else []
 
-    def size(self, *names: str, default: int | None = None, least: int = 1, most: int = MAX_WIDTH) -> int:
-        """The first of these fields that is there."""
-        name = next((n for n in names if n in self.data), None)
-        if name is None:
-            if default is None:
-                raise UsageError(f"model configuration ({self.family}): it has no field {names[0]!r}")
-            return default
-        return limited(name, self.data[name], least, most)
-
-    def flag(self, name: str, *, default: bool) -> bool:
-        """A field that is true or false."""
-        value = self.data.get(name, default)
-        if not isinstance(value, bool):
-            raise UsageError(f"model configuration: {name} is {str(value)[:40]!r}, expected true or false")
-        return value
-
-    def indices(self, name: str) -> set[int]:
-        """A list of numbers of layers; empty where there is none."""
-        return {limited(name, item, 0, MAX_LAYERS) for item in self._list(name)}
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one matrix; LFM2 has a name of its own for it."""
+        name = "tie_embedding" if "tie_embedding" in self.data else "tie_word_embeddings"
+        return self.flag(name, default=self.traits.tied)
 
     def layer_kinds(self) -> list[str]:
         """For each layer `full_attention`, `sliding_attention` and so on."""
-        given = self._list("layer_types")
+        given = self.items("layer_types")
         if given:
             if len(given) != self.layers or not all(isinstance(kind, str) for kind in given):
                 raise UsageError(f"model configuration: layer_types has {len(given)} items for {self.layers} layers")
             return given
-        if self.family in _PATTERNS:
-            every, other = _PATTERNS[self.family]
-            names = ("sliding_window_pattern", "full_attention_interval", "no_rope_layer_interval")
-            every = self.size(*names, default=every)
-            return ["full_attention" if (i + 1) % every == 0 else other for i in range(self.layers)]
+        if self.traits.every is not None:
+            return self._patterned(*self.traits.every)
         if self.family.startswith("qwen") and not self.flag("use_sliding_window", default=False):
             return ["full_attention"] * self.layers
         first = self.size("max_window_layers", default=0, least=0) if self.family.startswith("qwen") else 0
         windowed = "sliding_attention" if "sliding_window" in self.data else "full_attention"
         return ["full_attention" if i < first else windowed for i in range(self.layers)]
 
-    def _list(self, name: str) -> list[Any]:
-        value = self.data.get(name, [])
-        if not isinstance(value, list):
-            raise UsageError(f"model configuration: {name} is {str(value)[:40]!r}, expected a list")
-        return value
+    def _patterned(self, every: int, other: str) -> list[str]:
+        """Kinds of layers where they follow from a rule or from a list of those that attend to all tokens."""
+        full = next((self.indices(name) for name in _FULL_LAYERS if name in self.data), None)
+        if full is not None:
+            return ["full_attention" if i in full else other for i in range(self.layers)]
+        pattern = self.data.get("sliding_window_pattern")
+        if isinstance(pattern, str) and pattern:  # EXAONE's "LLLG": local ones, then a global one
+            letters = (pattern[i % len(pattern)] for i in range(self.layers))
+            return ["full_attention" if letter == "G" else other for letter in letters]
+        if self.traits.encoder:  # ModernBERT counts from the first layer
+            every = self.size("global_attn_every_n_layers", default=every)
+            return ["full_attention" if i % every == 0 else other for i in range(self.layers)]
+        names = ("sliding_window_pattern", "full_attention_interval", "no_rope_layer_interval")
+        every = self.size(*names, default=every)
+        return ["full_attention" if (i + 1) % every == 0 else other for i in range(self.layers)]
 
 
 def limited(name: str, value: Any, least: int, most: int) -> int:

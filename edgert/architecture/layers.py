@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from edgert.architecture.config import (
-    BIASED,
-    FOUR_NORMS,
-    HYBRID_QWEN,
-    LATENT,
-    MAX_CONTEXT,
-    MAX_EXPERTS,
-    PARALLEL,
-    QK_NORMS,
-    Fields,
-)
+from edgert.architecture.config import MAX_CONTEXT, MAX_EXPERTS, Fields
+from edgert.architecture.mixers import delta_net, mamba, short_convolution
 from edgert.architecture.parts import Matrix, Part
 from edgert.errors import UsageError
 from edgert.graph import BlockKind
+
+_WINDOWS = {"chunked_attention": "attention_chunk_size"}
 
 
 def layers(f: Fields) -> Iterable[Part]:
@@ -25,34 +18,46 @@ def layers(f: Fields) -> Iterable[Part]:
     if f.family == "nemotron_h":
         yield from _nemotron(f)
         return
-    kinds = f.layer_kinds()
-    for index, kind in enumerate(kinds):
-        attention = _mixer(f, kind, index)
-        ffn = _ffn(f, index)
-        if f.family in PARALLEL and f.flag("use_parallel_residual", default=True):
-            norms = f.hidden if f.family == "cohere2" else 0  # one norm serves both halves there
-            attention.kind = BlockKind.BLOCK
-            attention.matrices += ffn.matrices
-            attention.vectors += ffn.vectors - norms
-            yield attention
+    for index, kind in enumerate(f.layer_kinds()):
+        mixer, ffn = _mixer(f, kind, index), _ffn(f, index)
+        if f.traits.parallel and f.flag("use_parallel_residual", default=True):
+            mixer.kind = BlockKind.BLOCK
+            mixer.matrices += ffn.matrices
+            mixer.vectors += ffn.vectors - (f.hidden if f.traits.shared_norm else 0)
+            yield mixer
         else:
-            yield attention
+            yield mixer
             yield ffn
 
 
 def _mixer(f: Fields, kind: str, index: int) -> Part:
-    """What mixes tokens: an attention of one kind or another, or a recurrence."""
+    """What mixes tokens: an attention of one kind or another, a recurrence, or both."""
     if kind == "linear_attention":
-        return _delta_net(f)
-    if f.family in LATENT:
+        return delta_net(f)
+    if kind == "mamba":
+        return mamba(f)
+    if kind == "conv":
+        return short_convolution(f)
+    if f.traits.latent:
         return _latent_attention(f)
-    hidden = f.hidden
+    attention = _attention(f, kind, index)
+    if f.traits.both:
+        attention.kind, beside = BlockKind.BLOCK, mamba(f)
+        attention.matrices += beside.matrices
+        attention.vectors += beside.vectors - f.hidden  # one norm serves both
+        attention.recurrent, attention.fixed_states = beside.recurrent, beside.fixed_states
+        attention.constants += beside.constants
+    return attention
+
+
+def _attention(f: Fields, kind: str, index: int) -> Part:
+    hidden, traits = f.hidden, f.traits
     heads = f.size("num_attention_heads", "n_head")
-    kv_heads = f.size("num_key_value_heads", default=heads)
+    kv_heads = heads if traits.encoder else f.size("num_key_value_heads", default=heads)
     dim = f.size("head_dim", default=max(1, hidden // heads))
     window = None
     if kind != "full_attention":
-        name = "attention_chunk_size" if kind == "chunked_attention" else "sliding_window"
+        name = _WINDOWS.get(kind, "local_attention" if traits.encoder else "sliding_window")
         window = f.size(name, most=MAX_CONTEXT) if name in f.data else None
     own_values = own_keys = True
     if f.family == "gemma4_text":
@@ -60,29 +65,29 @@ def _mixer(f: Fields, kind: str, index: int) -> Part:
             dim = f.size("global_head_dim", default=dim)
             if f.flag("attention_k_eq_v", default=False):
                 own_values, kv_heads = False, f.size("num_global_key_value_heads", default=kv_heads)
-        first_shared = f.layers - f.size("num_kv_shared_layers", default=0, least=0, most=f.layers)
-        own_keys = not index >= first_shared > 0
+        own_keys = not index >= _first_shared(f) > 0
     if heads % kv_heads:
         raise UsageError(f"model configuration: num_attention_heads is {heads}, no multiple of {kv_heads} key heads")
     queries, keys = heads * dim, kv_heads * dim
-    gated = f.family in HYBRID_QWEN  # its queries bring a gate of the output along
-    matrices = [Matrix(queries * (2 if gated else 1), hidden), Matrix(hidden, queries)]
+    matrices = [Matrix(queries * (2 if traits.query_gate else 1), hidden), Matrix(hidden, queries)]
     if own_keys:
         matrices += [Matrix(keys, hidden)] * (2 if own_values else 1)
-    norms = 2 if f.family in FOUR_NORMS else 1
-    vectors = hidden * norms * f.norm_width
-    biased = f.family in BIASED or f.flag("attention_bias", default=f.family == "gpt_oss")
-    if biased or f.family == "qwen2":
-        vectors += queries + 2 * keys + (hidden if biased else 0)
-    if f.family == "gpt_oss":
-        vectors += heads  # sinks
-    if f.family in QK_NORMS:
+    vectors = hidden * traits.norms * f.norm_width
+    if traits.encoder and not traits.norm_bias and index == 0:
+        vectors = 0  # ModernBERT's embedding has been scaled already
+    biased = traits.bias == "all" or f.flag("attention_bias", default=traits.attention_bias)
+    if biased or traits.bias:
+        vectors += queries + 2 * keys
+    if biased and (traits.output_bias or f.flag("attention_out_bias", default=False)):
+        vectors += hidden
+    if traits.sinks:
+        vectors += heads
+    if traits.qk_norm == "head" and f.flag("use_qk_norm", default=True):
         vectors += 2 * dim if own_keys else dim
-    elif f.family == "olmo2":
+    elif traits.qk_norm == "all" and f.flag("use_qk_norm", default=True):
         vectors += queries + keys
-    return Part(
-        BlockKind.ATTENTION, matrices, vectors, kv=2 * keys if own_keys else 0, score_flops=4 * queries, window=window
-    )
+    kept = 2 * keys if own_keys and not traits.encoder else 0
+    return Part(BlockKind.ATTENTION, matrices, vectors, kv=kept, score_flops=4 * queries, window=window)
 
 
 def _latent_attention(f: Fields) -> Part:
@@ -99,24 +104,9 @@ def _latent_attention(f: Fields) -> Part:
     return Part(BlockKind.ATTENTION, matrices, hidden + latent + narrow, kv=kept, score_flops=2 * kept)
 
 
-def _delta_net(f: Fields) -> Part:
-    """Qwen's gated delta net: a short convolution and a state `[heads, key, value]`."""
-    key_dim, value_dim = f.size("linear_key_head_dim"), f.size("linear_value_head_dim")
-    key_heads, heads = f.size("linear_num_key_heads"), f.size("linear_num_value_heads")
-    kernel, values = f.size("linear_conv_kernel_dim", default=4), heads * value_dim
-    mixed = 2 * key_heads * key_dim + values
-    matrices = [
-        Matrix(mixed, f.hidden), Matrix(values, f.hidden), Matrix(heads, f.hidden), Matrix(heads, f.hidden),
-        Matrix(f.hidden, values), Matrix(mixed, kernel),
-    ]  # fmt: skip
-    recurrent = heads * key_dim * value_dim + mixed * kernel
-    return Part(BlockKind.SSM, matrices, f.hidden + 2 * heads + value_dim, recurrent=recurrent)
-
-
 def _ffn(f: Fields, index: int) -> Part:
     """A dense FFN or a mixture of experts, whichever layer `index` has."""
-    norms = 2 if f.family in FOUR_NORMS else 1
-    part = Part(BlockKind.FFN, [], f.hidden * norms * f.norm_width)
+    part = Part(BlockKind.FFN, [], f.hidden * f.traits.norms * f.norm_width)
     if side := f.size("hidden_size_per_layer_input", default=0, least=0):
         part.matrices += [Matrix(side, f.hidden), Matrix(f.hidden, side)]
         part.vectors += f.hidden
@@ -124,16 +114,31 @@ def _ffn(f: Fields, index: int) -> Part:
     if experts:
         _add_experts(f, part, experts)
     if not experts or f.family == "gemma4_text":  # Gemma 4 has both, side by side
-        width = f.size("intermediate_size", "n_inner", default=4 * f.hidden if f.family == "gpt2" else None)
-        if f.family == "llama4_text":
-            width = f.size("intermediate_size_mlp")
-        shared = f.layers - f.size("num_kv_shared_layers", default=0, least=0, most=f.layers)
-        if f.flag("use_double_wide_mlp", default=False) and index >= shared > 0:
-            width *= 2
-        part.matrices += _dense(f.hidden, width, gated=f.family not in BIASED)
-        if f.family in BIASED:
-            part.vectors += width + f.hidden
+        width = _ffn_width(f, index)
+        gated = f.traits.gated
+        part.matrices += _dense(f.hidden, width, gated=gated)
+        if f.traits.bias == "all" or f.flag("mlp_bias", default=False):
+            part.vectors += width * (2 if gated else 1) + f.hidden
     return part
+
+
+def _ffn_width(f: Fields, index: int) -> int:
+    if f.family == "llama4_text":
+        return f.size("intermediate_size_mlp")
+    if f.family == "granitemoehybrid":
+        return f.size("shared_intermediate_size")
+    width = f.size("intermediate_size", "n_inner", default=4 * f.hidden if f.family == "gpt2" else None)
+    if f.family == "lfm2" and f.flag("block_auto_adjust_ff_dim", default=True):
+        step = f.size("block_multiple_of", default=256)
+        width = -(-int(f.number("block_ffn_dim_multiplier", default=1.0) * (2 * width // 3)) // step) * step
+    if f.flag("use_double_wide_mlp", default=False) and index >= _first_shared(f) > 0:
+        width *= 2
+    return width
+
+
+def _first_shared(f: Fields) -> int:
+    """The first of the layers that use the keys and values of earlier ones; the number of layers where none do."""
+    return f.layers - f.size("num_kv_shared_layers", default=0, least=0, most=f.layers)
 
 
 def _dense(hidden: int, width: int, *, gated: bool = True) -> list[Matrix]:
@@ -150,37 +155,42 @@ def _has_experts(f: Fields, index: int) -> bool:
     if f.family == "llama4_text":
         step = f.size("interleave_moe_layer_step", default=1)
         return index in f.indices("moe_layers") if "moe_layers" in f.data else (index + 1) % step == 0
-    sparse = (index + 1) % f.size("decoder_sparse_step", default=1) == 0
+    sparse = (index + 1) % f.size("decoder_sparse_step", "moe_layer_interval", default=1) == 0
     dense = f.size("first_k_dense_replace", default=0, least=0)
-    return sparse and index >= dense and index not in f.indices("mlp_only_layers")
+    last = f.size("moe_layer_end_index", default=f.layers - 1, least=-1)
+    last = f.layers - 1 if last == -1 else last
+    return sparse and dense <= index <= last and index not in f.indices("mlp_only_layers")
 
 
-def _add_experts(f: Fields, part: Part, count: int, *, gated: bool = True) -> None:
+def _add_experts(f: Fields, part: Part, count: int) -> None:
     """A router, `count` experts and those that every token uses."""
-    part.kind = BlockKind.MOE
+    part.kind, traits = BlockKind.MOE, f.traits
     used = f.size("num_experts_per_tok", "top_k_experts", most=count)
     inner = f.size("moe_intermediate_size", "intermediate_size")
     width = f.size("moe_latent_size", default=f.hidden)  # Nemotron's experts may work on a narrower stream
     part.matrices += [
-        Matrix(count, f.hidden),
-        Matrix(inner * (2 if gated else 1), width, count, used, "expert"),
-        Matrix(width, inner, count, used, "expert"),
+        Matrix(count, f.hidden, role="router"),
+        Matrix(inner * (2 if traits.experts_gated else 1), width, count, used),
+        Matrix(width, inner, count, used),
     ]
     if width != f.hidden:
         part.matrices += [Matrix(width, f.hidden), Matrix(f.hidden, width)]
     shared = inner * f.size("n_shared_experts", default=0, least=0)
-    shared = f.size("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", default=shared, least=0)
+    names = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size")
+    shared = f.size(*names, default=shared, least=0)
     if f.family == "llama4_text":
         shared = inner
     if shared:
-        part.matrices += _dense(f.hidden, shared, gated=gated)
-    if f.family in {"qwen2_moe", *HYBRID_QWEN}:
-        part.matrices.append(Matrix(1, f.hidden))  # how much of the shared expert
-    elif f.family == "gpt_oss":
-        part.matrices += [Matrix(1, width, count, used, "table") for width in (2 * inner, f.hidden)]  # biases
-        part.vectors += count
-    elif f.family == "gemma4_text":
-        part.vectors += 4 * f.hidden + count  # norms of the two halves, scales of the router
+        part.matrices += _dense(f.hidden, shared, gated=traits.experts_gated)
+    if traits.shared_gate:
+        part.matrices.append(Matrix(1, f.hidden))
+    if traits.expert_bias:
+        part.vectors += count * (2 * inner + f.hidden)
+    part.vectors += count if traits.router_bias else 0
+    part.constants += count if traits.corrected else 0
+    if f.family == "gemma4_text":
+        part.vectors += 4 * f.hidden  # norms of the two halves, scales of the router
+        part.matrices.append(Matrix(count, 1, role="table"))  # a scale an expert, looked up
 
 
 def _nemotron(f: Fields) -> Iterable[Part]:
@@ -190,26 +200,15 @@ def _nemotron(f: Fields) -> Iterable[Part]:
         raise UsageError("model configuration (nemotron_h): it has no field 'hybrid_override_pattern'")
     for index, layer in enumerate(letters.get(item, item) for item in f.pattern):
         if layer == "mamba":
-            yield _mamba(f)
+            yield mamba(f)
         elif layer == "attention":
-            yield _mixer(f, "full_attention", index)
+            yield _attention(f, "full_attention", index)
         elif layer in {"moe", "mlp"}:
             part = Part(BlockKind.FFN, [], f.hidden)
             if layer == "moe":
-                _add_experts(f, part, _expert_count(f), gated=False)
+                _add_experts(f, part, _expert_count(f))
             else:
                 part.matrices += _dense(f.hidden, f.size("intermediate_size"), gated=False)
             yield part
         else:
             raise UsageError(f"model configuration: layer {index} is {layer!r}, expected M, *, E or -")
-
-
-def _mamba(f: Fields) -> Part:
-    """A Mamba-2 mixer: a short convolution and a state `[heads, head, state]`."""
-    heads, dim, state = f.size("mamba_num_heads"), f.size("mamba_head_dim"), f.size("ssm_state_size")
-    inner = heads * dim
-    mixed = inner + 2 * f.size("n_groups", "mamba_n_groups", default=8) * state
-    kernel = f.size("conv_kernel", "mamba_d_conv", default=4)
-    matrices = [Matrix(inner + mixed + heads, f.hidden), Matrix(f.hidden, inner), Matrix(mixed, kernel)]
-    vectors = f.hidden + mixed + 3 * heads + inner
-    return Part(BlockKind.SSM, matrices, vectors, recurrent=inner * state + mixed * kernel)

@@ -14,13 +14,17 @@ SMALLEST_GROUP = 32  # below it NNCF takes INT8
 
 @dataclass(frozen=True)
 class Matrix:
-    """`count` matrices `[rows, columns]`, of which a token uses `used`; columns are the input dimension."""
+    """`count` matrices `[rows, columns]`, of which a token uses `used`; columns are the input dimension.
+
+    One in the role `shift` is added to activations, or scales them, and multiplies nothing; `conv` are the weights of a
+    short convolution, which a compiled model has as vectors; a `router` chooses experts.
+    """
 
     rows: int
     columns: int
     count: int = 1
     used: int = 1
-    role: Literal["linear", "table", "head", "expert"] = "linear"
+    role: Literal["linear", "table", "head", "conv", "shift", "router"] = "linear"
 
     @property
     def elements(self) -> int:
@@ -32,13 +36,18 @@ class Matrix:
 
     def bytes(self, weights: Weights, group_size: int) -> dict[str, int]:
         """Bytes by element type as `edgert compile` stores it, scales (f16) and zero points included."""
-        if weights == "fp16":
+        if self.role == "shift":  # which NNCF does not compress
             return {"f16": 2 * self.elements}
+        if self.role == "conv":
+            return {"f32": 4 * self.elements}
+        if weights == "fp16" or self.role == "router":  # compression leaves routers alone
+            exact = min(self.rows * self.count, self.columns) == 1  # a single row or column is no matrix
+            return {"f32": 4 * self.elements} if exact else {"f16": 2 * self.elements}
         group = _group(self.columns, group_size) if weights == "int4" and self.role == "linear" else None
         if group is not None:
             groups = self.elements // group
             return {"u4": (self.elements + groups + 1) // 2, "f16": 2 * groups}
-        scales = self.count if self.role == "expert" else self.rows * self.count
+        scales = self.rows * self.count
         return {"u8": self.elements + scales, "f16": 2 * scales}
 
 
@@ -59,8 +68,10 @@ class Part:
     kind: BlockKind
     matrices: list[Matrix]
     vectors: int = 0  # norms and biases, which stay at f32
+    constants: int = 0  # numbers that are no parameters, at f32
     kv: int = 0  # keys and values of one token
-    recurrent: int = 0
+    recurrent: int = 0  # elements of the states that do not grow
+    fixed_states: tuple[str, ...] = ()  # their names
     score_flops: int = 0
     window: int | None = None
 

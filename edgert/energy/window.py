@@ -50,6 +50,13 @@ class Energy:
         """Mean power; None where the energy is, or the window has no length."""
         return None if self.energy_uj is None or self.duration_s <= 0 else self.energy_uj / 1e6 / self.duration_s
 
+    @property
+    def resolved(self) -> bool:
+        """Whether the window is long enough to tell its joules within a twentieth."""
+        if self.energy_uj is None or self.duration_s <= 0:
+            return False
+        return self.resolution_uj is None or self.energy_uj >= 20 * self.resolution_uj
+
 
 @dataclass(frozen=True)
 class Idle:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import openvino as ov
+import openvino.opset13 as ops
 
 from edgert.errors import PlanError, cause
 from edgert.kernel_lowering.attention import SDPA, Attention, State, match, states
@@ -175,10 +176,29 @@ def _lower(
             model.remove_parameter(parameter)
     unbatched = take_sequences(model, factory) if batched else "nobody asked for it"
     model.validate_nodes_and_infer_types()
+    _keep_batch(model)
     for port, own in zip(model.outputs, names, strict=True):
         port.set_names(own)
     packed_bytes = sum(array.nbytes for array in made.values())
     return LoweredModel(model, caches, replaced, left, unbatched, packed_bytes, arrays)
+
+
+def _keep_batch(model: ov.Model) -> None:
+    """Let what is written into a state that stays (a recurrence's) have as many rows as the state: any number.
+
+    Behind the kernels the batch is known to be 1. OpenVINO's CPU plugin (2026.4.1) cannot write that into a state whose
+    batch is not known: "Can't reorder data with dynamic shapes". Rows taken by `beam_idx` are the same rows.
+    """
+    readers = {node.get_variable_id(): node for node in model.get_ops() if node.get_type_name() == "ReadValue"}
+    for sink in model.get_sinks():
+        reader, new = readers.get(sink.get_variable_id()), sink.input_value(0)
+        if reader is None or reader.get_output_partial_shape(0)[0].is_static or new.get_partial_shape()[0].is_dynamic:
+            continue
+        users = [port.get_node() for port in reader.output(0).get_target_inputs()]
+        order = next((user.input_value(1) for user in users if user.get_type_name() == "Gather"), None)
+        if order is not None:
+            sink.input(0).replace_source_output(ops.gather(new, order, ops.constant(0)).output(0))
+    model.validate_nodes_and_infer_types()
 
 
 def _search_until(view: View, refused: dict[str, str], fault: Callable[[Packable], Mapping[str, str]]) -> _Found:

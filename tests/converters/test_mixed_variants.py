@@ -126,7 +126,7 @@ def test_tables_apart_and_experts(family: str, blocks: tuple[int, ...], tmp_path
     if family == "llama":
         assert {row["role"] for row in table if row["precision"] == "u8"} == {"embedding", "head"}
     else:
-        assert sum(len(parts.named(name).shape) == 3 for name in chosen) == 2
+        assert sum(len(parts.named(name).shape) == 3 for name in chosen) == 3
 
 
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: str(kind.name))

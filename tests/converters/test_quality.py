@@ -92,10 +92,26 @@ def test_other_shape_is_refused() -> None:
         ({"sliding_window": 4096, "max_position_embeddings": 4096}, None),  # never reached
         ({"sliding_window": 512, "layer_types": ["full_attention"]}, None),
         ({"text_config": {"sliding_window": 512, "layer_types": ["sliding_attention"]}}, 512),
+        ({"llm_config": {"sliding_window": 512}}, 512),
+        ({"attention_chunk_size": 8192, "layer_types": ["chunked_attention", "full_attention"]}, 8192),
+        ({"attention_chunk_size": 8192, "layer_types": ["full_attention"]}, None),
     ],
 )
 def test_attention_window(config: dict[str, object], window: int | None) -> None:
     assert quality.attention_window(config) == window
+
+
+def test_tokens_of_a_text() -> None:
+    """They are repeated as often as needed, and the report says what was compared."""
+    seen: list[int] = []
+
+    def decoder(ids: quality.Tokens) -> quality.Floats:
+        seen.extend(ids[0].tolist())
+        return np.ones((1, ids.shape[1], 4), np.float32)
+
+    row = quality.check_decoder(decoder, decoder, vocab_size=4, window=None, against="itself", text=[3, 1, 2])
+    assert row["check"].startswith("logits of tokens of a text: a prefill of 16, 8 decode steps, then 7 + 1 + 5 tokens")
+    assert seen[:7] == [3, 1, 2, 3, 1, 2, 3]
 
 
 def test_long_prompt_goes_in_chunks() -> None:
@@ -106,7 +122,7 @@ def test_long_prompt_goes_in_chunks() -> None:
         return np.ones((1, ids.shape[1], 4), np.float32)
 
     quality.check_decoder(decoder, decoder, vocab_size=4, window=600, against="itself")
-    assert sizes[: len(sizes) // 2] == [256, 256, 96, *[1] * quality.STEPS]
+    assert sizes[: len(sizes) // 2] == [256, 256, 96, *[1] * quality.STEPS, *quality.MORE]
 
 
 def test_wrong_export_leaves_no_bundle(decoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
