@@ -15,6 +15,7 @@ npu_recipe    what `edgert.npu.recipe` finds
 npu_compile   Intel's NPU compiler for every block, where it is set up (edgert doctor --setup npu-compiler)
 optimum       the export of optimum-intel, with the same gate
 media         instead of all that, those of tests/tiny_multimodal.py: whole models with images and sound
+diffusion     those of tests/tiny_diffusion.py: the transformers of pipelines
 
 Each family runs in a process of its own; what it has found is kept as it goes.
 """
@@ -27,6 +28,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,19 +46,23 @@ STEPS = (
 )  # fmt: skip
 
 sys.path.insert(0, str(ROOT / "tests"))
-from tiny_models import TABLE  # noqa: E402 - the tests' folder is not on the path before
+from tiny_diffusion import FAMILIES as DIFFUSION  # noqa: E402 - the tests' folder is not on the path before
+from tiny_models import TABLE  # noqa: E402
 from tiny_multimodal import TABLE as MEDIA  # noqa: E402
+
+WHOLE: dict[str, Collection[str]] = {"media": MEDIA, "diffusion": DIFFUSION}  # tables of their own, with a step each
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="default: all")
-    parser.add_argument("--steps", nargs="+", choices=[*STEPS, "media", "page"], default=[*STEPS])
+    parser.add_argument("--steps", nargs="+", choices=[*STEPS, *WHOLE, "page"], default=[*STEPS])
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help="of a family")
     options = parser.parse_args()
-    tables = {"media": MEDIA} if options.steps == ["media"] else {"families": TABLE}
+    whole = {kind: table for kind, table in WHOLE.items() if options.steps == [kind]}
+    tables: dict[str, Collection[str]] = whole or {"families": TABLE}
     if not options.families and set(options.steps) == set(STEPS):
-        tables["media"] = MEDIA
+        tables |= WHOLE
     unknown = [name for name in options.families if not any(name in table for table in tables.values())]
     if unknown:
         parser.error(f"{', '.join(unknown)}: expected some of {', '.join(n for t in tables.values() for n in t)}")
@@ -67,7 +73,7 @@ def main() -> int:
         task = progress.add_task("families", total=len(jobs))
         for kind, name in jobs if options.steps != ["page"] else []:
             progress.update(task, description=name)
-            asked = ["media"] if kind == "media" else options.steps
+            asked = [kind] if kind in WHOLE else options.steps
             found = _family(name, asked, options.timeout)
             rows = measured.setdefault(kind, {})
             known = rows.get(name, {}).get("steps", {})
@@ -88,7 +94,7 @@ def _row(steps: dict[str, Any]) -> dict[str, Any]:
     return {
         "checked": datetime.date.today().isoformat(),
         **{package: version(package) for package in ("transformers", "openvino", "edgert")},
-        "steps": {step: steps[step] for step in (*STEPS, "media") if step in steps},
+        "steps": {step: steps[step] for step in (*STEPS, *WHOLE) if step in steps},
     }
 
 
@@ -106,7 +112,7 @@ def _family(name: str, steps: list[str], timeout: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             out_of_time, why = True, f"not done after {timeout:g} s"
         found: dict[str, Any] = json.loads(out.read_text("utf-8")) if out.exists() else {}
-    missing = next((step for step in (*STEPS, "media") if step in steps and step not in found), None)
+    missing = next((step for step in (*STEPS, *WHOLE) if step in steps and step not in found), None)
     ended_early = out_of_time or code != 0
     if missing is not None and ended_early:
         found[missing] = {"error": why}

@@ -275,6 +275,12 @@ TABLE: dict[str, Family] = {
             "moe_layer_end_index": 1,
         },
     ),
+    "granitemoe": Family(
+        "GraniteMoe",
+        "Granite 3.1 3B-A800M",
+        {**_LOCAL_EXPERTS, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
+    ),
+    "arcee": Family("Arcee", "AFM 4.5B"),
     "exaone4": Family("Exaone4", "EXAONE 4", _HALF_SLIDING),
     "minimax_m2": Family(
         "MiniMaxM2", "MiniMax M2", {**_WIDE_HEADS, **_LOCAL_EXPERTS, "intermediate_size": 64, "rotary_dim": 16}

@@ -55,6 +55,13 @@ Whole models of `tests/tiny_multimodal.py`, compiled with their towers. **checks
 prompt with an image or sound, and cuts against transformers and the uncut model. **parameters**: those that
 `edgert fit` finds in the configuration, towers included, beside the model's.
 """
+DIFFUSION = """\
+## Diffusion transformers
+
+Those of `tests/tiny_diffusion.py`, at FP16, INT8 and INT4. **parity**: the export in f32 against diffusers, at two
+sizes of the picture. **placements**: two pieces on CPU@f32 against one. All are relative errors.
+[diffusion.md](diffusion.md) has more.
+"""
 _DASH = "–"
 _GATE = "cut at every boundary"
 
@@ -75,8 +82,21 @@ def page(measured: Mapping[str, Any], table: Mapping[str, Any]) -> str:
             "| " + " | ".join([name, *_media_cells(row["steps"].get("media", {}))]) + " |"
             for name, row in media.items()
         ]
+    diffusion = measured.get("diffusion", {})
+    if diffusion:
+        lines += [
+            "",
+            DIFFUSION,
+            "| family | weights | blocks | parity | cuts | placements | missing |",
+            "|" + "---|" * 7,
+        ]
+        lines += [
+            "| " + " | ".join([name, weights, *_diffusion_cells(cells)]) + " |"
+            for name, row in diffusion.items()
+            for weights, cells in row["steps"].get("diffusion", {}).get("rows", {}).items()
+        ]
     lines += ["", ADDING, "## Out of reach, or not yet", ""]
-    rows = [*families.items(), *media.items()]
+    rows = [*families.items(), *media.items(), *diffusion.items()]
     missing = [f"* **{name}**, {text}" for name, row in rows for text in _missing(row["steps"])]
     lines += missing or ["Nothing of what was tried."]
     return "\n".join(lines) + "\n"
@@ -168,6 +188,13 @@ def _media_cells(step: Mapping[str, Any]) -> list[str]:
     said = f"{len(checks)}, at most {max(checks):.0e}" if checks else "no" if "error" in step else _DASH
     missing = "media" if "error" in step else "cuts" if step.get("reason") else "nothing"
     return [", ".join(step.get("towers", [])) or _DASH, said, step.get("parameters", _DASH), missing]
+
+
+def _diffusion_cells(row: Mapping[str, Any]) -> list[str]:
+    blocks = ", ".join(f"{count} {kind}" if count > 1 else kind for kind, count in row.get("blocks", {}).items())
+    errors = [row.get(name) for name in ("parity", "cut", "placements")]
+    said = [f"{error:.0e}" if isinstance(error, float) else str(error or _DASH) for error in errors]
+    return [blocks or _DASH, *said, "compile" if "error" in row else "nothing"]
 
 
 def _plain(text: str) -> str:

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -292,11 +292,21 @@ def media(name: str, folder: Path) -> Outcome:
     }  # fmt: skip
 
 
+def diffusion(name: str, folder: Path) -> Outcome:
+    """The transformer of a pipeline, at each precision."""
+    from tiny_diffusion import check
+
+    rows = {row.pop("weights"): row for row in check(folder, families=[name])}
+    wrong = [f"{weights}: {row['error']}" for weights, row in rows.items() if "error" in row]
+    return {"rows": rows} | ({"error": "; ".join(wrong)} if wrong else {})
+
+
 def main(name: str, out: Path, chosen: Sequence[str]) -> int:
     steps: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        own = [("media", lambda: media(name, Path(folder)))]
-        for step, work in own if "media" in chosen else Family(name, Path(folder)).steps():
+        whole = {"media": media, "diffusion": diffusion}
+        own = [(step, partial(whole[step], name, Path(folder))) for step in chosen if step in whole]
+        for step, work in own or Family(name, Path(folder)).steps():
             if step not in chosen or steps.keys() & NEEDS.get(step, set()) - passed(steps):
                 continue
             began = time.monotonic()
@@ -305,9 +315,9 @@ def main(name: str, out: Path, chosen: Sequence[str]) -> int:
             except Exception as error:  # whatever the library under it raises is the result
                 steps[step] = {"error": short(error)}
             steps[step]["seconds"] = round(time.monotonic() - began, 1)
-            partial = out.with_suffix(".partial")
-            partial.write_text(json.dumps(steps), "utf-8")
-            partial.replace(out)
+            unfinished = out.with_suffix(".partial")
+            unfinished.write_text(json.dumps(steps), "utf-8")
+            unfinished.replace(out)
             if step == "export" and "error" in steps[step]:
                 break
     return 0
