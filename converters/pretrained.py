@@ -204,6 +204,9 @@ def load(folder: Path, task: Task, layers: int | None = None) -> PreTrainedModel
                 setattr(text, key, value[:layers])
         text.num_hidden_layers = layers
     auto = AutoModel if task == "encoder" else _auto(config) or AutoModelForCausalLM
+    if auto is AutoModelForCausalLM and type(config) not in AutoModelForCausalLM._model_mapping:
+        # Mistral 4: transformers 5.5 has the class and does not list it.
+        auto = getattr(transformers, (config.architectures or [""])[0], auto)
     try:
         model, info = auto.from_pretrained(
             folder,

@@ -62,9 +62,8 @@ def sizes(block: Block) -> tuple[Any, ...]:
 )
 def test_shapes_are_those_of_compiled_models(family: str, weights: Any, tmp_path: Path) -> None:
     source, model = exported(family)
-    if weights == "fp16":
-        to_fp16(model)
-    else:
+    to_fp16(model)
+    if weights != "fp16":
         model = compress(model, weights)
     ov.save_model(model, tmp_path / "model.xml", compress_to_fp16=False)
     compiled = annotate(ov.Core().read_model(tmp_path / "model.xml"))
@@ -205,8 +204,9 @@ def test_latent_attention() -> None:
 def test_experts_of_one_token() -> None:
     (block, *_) = blocks("Qwen3 30B-A3B", BlockKind.MOE)
     assert block.flops_per_token == 2 * (128 * 2048 + 8 * 3 * 768 * 2048)
-    elements = 128 * 3 * 768 * 2048 + 128 * 2048  # and one group in 128 has a zero point of 4 bits
+    elements = 128 * 3 * 768 * 2048  # and one group in 128 has a zero point of 4 bits
     assert block.weight_bytes["u4"] == (elements + elements // 128) // 2
+    assert block.weight_bytes["f16"] == 2 * (elements // 128 + 128 * 2048)  # scales, and the router
 
 
 def test_groups_that_do_not_divide() -> None:

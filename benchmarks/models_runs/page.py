@@ -21,9 +21,8 @@ and nothing says how well a model writes. `make models` makes this page, out of
 * **INT8, INT4**: `edgert compile` with its gate, saved, opened and run twice with the same outcome; the number is the
   correlation of its logits with those in f32, low for INT4 as the weights are random.
 * **cuts**: largest difference of the model that is cut at every boundary from the uncut one. At most 1e-5.
-* **placements**: how many plans gave the logits of the uncut model, to 1e-3 (each block a submodel; every
-  other block with static shapes, of encoders on CPU@f32+dq; experts with static shapes, the rest without; a GPU where
-  there is one).
+* **placements**: how many plans gave the logits of the uncut model, to 1e-3: each block a submodel; every other block
+  with static shapes (of encoders: two pieces); experts with static shapes, the rest without; a GPU where there is one.
 * **shape**: whether weights, caches and operations that `edgert fit` and `edgert plan` take from the configuration
   alone are those of the compiled model, at FP16, INT8 and INT4: every compressed byte, every byte of caches and
   states, every operation; of f32 vectors all but the numbers in a norm's formula.
@@ -47,6 +46,16 @@ and a line in `edgert/architecture/families.py` tells `edgert fit` and `edgert p
 exaone4, olmo3, minimax_m2 and ernie4_5_moe are in the table to show that: no other line of edgert is for one of them.
 (falcon_h1, attention beside Mamba in one layer, needed a patch of its code in transformers.) Then
 `make models ARGS="exaone4"`.
+"""
+KNOWN = """\
+Found on the way, beside what the table shows:
+
+* **longrope** (phi4_mini): transformers takes the long factors where a call reaches beyond the original context (4096
+  tokens of Phi-4-mini), and so does the export. A prompt that is longer, in chunks, has keys with short factors in its
+  cache then, in transformers as in edgert; set `prefill_chunk` to the length of such prompts.
+* Routers stay at f16 in OpenVINO bundles; an ONNX bundle's are compressed as all else.
+
+What failed, with the error:
 """
 MEDIA = """\
 ## With images and sound
@@ -98,7 +107,7 @@ def page(measured: Mapping[str, Any], table: Mapping[str, Any]) -> str:
     lines += ["", ADDING, "## Out of reach, or not yet", ""]
     rows = [*families.items(), *media.items(), *diffusion.items()]
     missing = [f"* **{name}**, {text}" for name, row in rows for text in _missing(row["steps"])]
-    lines += missing or ["Nothing of what was tried."]
+    lines += [KNOWN, *(missing or ["Nothing of what was tried."])]
     return "\n".join(lines) + "\n"
 
 
