@@ -71,6 +71,12 @@ def perceives(config: PretrainedConfig) -> bool:
     return any(getattr(config, part, None) is not None for part in ("vision_config", "audio_config"))
 
 
+def warn_of_adapters(folder: Path) -> None:
+    """Say that adapters which lie beside the weights, as Phi-4-multimodal's do (format of PEFT), are not applied."""
+    if found := sorted(file.parent.name for file in folder.glob("*/adapter_config.json")):
+        log.warning("%s: %s are adapters, which are not applied: the model answers without them", folder, found)
+
+
 def convert_media(
     source: PreTrainedModel,
     folder: Path,
@@ -93,6 +99,7 @@ def convert_media(
         UsageError: `size` is none that the model takes.
     """
     config = source.config
+    warn_of_adapters(folder)
     names = Names(folder, config, tokenizer)
     vision = vision_of(config) if getattr(config, "vision_config", None) is not None else None
     hearing = HEARING.get(config.model_type) if getattr(config, "audio_config", None) is not None else None

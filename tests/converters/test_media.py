@@ -15,6 +15,7 @@ from edgert.converters import compile as compile_model
 from edgert.converters import pretrained
 from edgert.converters.compress import precision_table
 from edgert.converters.media import bundling, check
+from edgert.converters.media.compiling import warn_of_adapters
 from edgert.converters.media.families import VISION, vision_of
 from edgert.converters.media.folders import Names
 from edgert.converters.media.pictures import image_size
@@ -236,3 +237,12 @@ def test_wrong_arguments(decoder_folder: Path, gemma3: Path, tmp_path: Path) -> 
         compile_model(decoder_folder, out, image_size=(32, 32), kernels=False)
     with pytest.raises(UsageError, match="exporter 'optimum' exports text only"):
         compile_model(gemma3, out, exporter="optimum", kernels=False)
+
+
+def test_adapters_are_not_left_out_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_adapters(tmp_path)
+    assert not caplog.records
+    (tmp_path / "vision-lora").mkdir()
+    (tmp_path / "vision-lora" / "adapter_config.json").write_text("{}", "utf-8")
+    warn_of_adapters(tmp_path)
+    assert "['vision-lora'] are adapters, which are not applied" in caplog.text
