@@ -15,11 +15,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import openvino as ov
+from edgert.converters import quality
 from edgert.converters.build import save
 from edgert.converters.compress import compress
 from edgert.converters.kernels import add_kernels
@@ -239,7 +241,8 @@ def _derive(base: Path, out: Path, weights: str, change: Callable[[ov.Model, Pat
         shutil.copytree(bundle.tokenizer_path, draft.path / bundle.tokenizer_path.name)
         model = change(ov.Core().read_model(bundle.model_path), Path(scratch))
         checks: list[dict[str, Any]] = []
-        rows, graph = save(model, draft, checks, bundle.facts.vocab_size)
+        gate = partial(quality.check_cut, task="decoder", vocab_size=bundle.facts.vocab_size)
+        rows, graph = save(model, draft, checks, gate)
         del model
         if native.status().loads:
             checks += add_kernels(draft.path, vocab_size=bundle.facts.vocab_size, window=None)
